@@ -1,0 +1,1 @@
+"""Block-sparse layouts, products and layers."""
