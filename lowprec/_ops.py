@@ -1,0 +1,155 @@
+"""Registered operators: schemas, fake kernels, batching rules, and the compiled libraries that override them.
+
+Each op is defined here with the eager twin as its kernel for every device. Loading a compiled library replaces that
+kernel on its device; the package computes the same bits without any. This is the only file that names `torch.ops`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowprec import eager
+from lowprec.formats import SPECIALS, FloatFormat
+from lowprec.rounding import Rounding
+
+_CAST = "Tensor x, int[] format, int rounding, bool saturate, Tensor? seed, Tensor? offset, int random_bits"
+_LIBRARY = torch.library.Library("lowprec", "DEF")
+_MODES = tuple(Rounding)
+
+
+@lru_cache(maxsize=1024)
+def format_of(fields: tuple[int, ...]) -> FloatFormat:
+    """The format whose `fields` an op was given."""
+    ebits, mbits, bias, specials, subnormals = fields
+    return FloatFormat(ebits, mbits, bias=bias, specials=SPECIALS[specials], subnormals=bool(subnormals))
+
+
+Kernel = Callable[..., Any]
+
+
+def _define(schema: str, kernel: Kernel, fake: Kernel, *, batched: bool = True, tags: tuple[torch.Tag, ...] = ()) -> None:
+    """Register one op: its eager kernel on every device, its fake kernel and, if `batched`, its batching rule."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lowprec::{name}", fake, lib=_LIBRARY)
+    if batched:
+        op = getattr(torch.ops.lowprec, name)
+        torch.library.register_vmap(f"lowprec::{name}", lambda info, dims, *args: batch(op, info, dims, args), lib=_LIBRARY)
+
+
+def batch(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
+    """Batching rule of an elementwise op: one call over the batched tensor, whose index is the one that counts.
+
+    Seeds or offsets that are batched themselves take a call for each.
+    """
+    batched = {i: dim for i, dim in enumerate(dims) if isinstance(dim, int)}
+    if set(batched) == {0}:
+        return op(*args), batched[0]
+    slices = [[arg.select(batched[i], n) if i in batched else arg for i, arg in enumerate(args)] for n in range(info.batch_size)]
+    return torch.stack([op(*each) for each in slices]), 0
+
+
+def _eager(function: Kernel) -> Kernel:
+    """An op's kernel from a function of `eager`: the format and the rounding mode come as integers."""
+
+    def kernel(x: Tensor, format: list[int], rounding: int, *args: Any) -> Tensor:
+        result: Tensor = function(x, format_of(tuple(format)), _MODES[rounding], *args)
+        return result
+
+    return kernel
+
+
+def _into(kernel: Kernel) -> Kernel:
+    """The kernel that writes into its last argument what `kernel` returns."""
+
+    def write(*args: Any) -> None:
+        args[-1].copy_(kernel(*args[:-1]))
+
+    return write
+
+
+def _decode(codes: Tensor, format: list[int], dtype: torch.dtype) -> Tensor:
+    return eager.decode(codes, format_of(tuple(format)), dtype)
+
+
+def _decode_out(codes: Tensor, format: list[int], out: Tensor) -> None:
+    out.copy_(_decode(codes, format, out.dtype))
+
+
+def _draw_seed() -> Tensor:
+    return torch.empty((), dtype=torch.int64).random_()
+
+
+def _fake_none(*args: Any) -> None:
+    return None
+
+
+def _fake_values(x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_codes(x: Tensor, format: list[int], *args: Any) -> Tensor:
+    return torch.empty_like(x, dtype=eager.code_dtype(format))
+
+
+def _fake_decode(codes: Tensor, format: list[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype)
+
+
+def _fake_seed() -> Tensor:
+    return torch.empty((), dtype=torch.int64)
+
+
+_define(f"quantize({_CAST}) -> Tensor", _eager(eager.quantize), _fake_values)
+_define(f"quantize_count({_CAST}, Tensor(a!) counts) -> Tensor", _eager(eager.quantize_count), _fake_values, batched=False)
+_define(f"quantize_out({_CAST}, Tensor(a!) out) -> ()", _into(_eager(eager.quantize)), _fake_none, batched=False)
+_define(f"encode({_CAST}) -> Tensor", _eager(eager.encode), _fake_codes)
+_define(f"encode_out({_CAST}, Tensor(a!) out) -> ()", _into(_eager(eager.encode)), _fake_none, batched=False)
+_define("decode(Tensor codes, int[] format, ScalarType dtype) -> Tensor", _decode, _fake_decode)
+_define("decode_out(Tensor codes, int[] format, Tensor(a!) out) -> ()", _decode_out, _fake_none, batched=False)
+_define("draw_seed() -> Tensor", _draw_seed, _fake_seed, batched=False, tags=(torch.Tag.nondeterministic_seeded,))
+
+quantize = torch.ops.lowprec.quantize.default
+quantize_count = torch.ops.lowprec.quantize_count.default
+quantize_out = torch.ops.lowprec.quantize_out.default
+encode = torch.ops.lowprec.encode.default
+encode_out = torch.ops.lowprec.encode_out.default
+decode = torch.ops.lowprec.decode.default
+decode_out = torch.ops.lowprec.decode_out.default
+draw_seed = torch.ops.lowprec.draw_seed.default
+
+
+def _library_path(name: str) -> Path | None:
+    """A compiled library, looked for beside every place that the package is made of."""
+    import lowprec
+
+    places = [Path(place) / "_lib" / f"lowprec_{name}.so" for place in lowprec.__path__]
+    return next((path for path in places if path.exists()), None)
+
+
+def _load(name: str, wanted: bool) -> str:
+    """Load one compiled library; what became of it, in a few words."""
+    if os.environ.get("LOWPREC_EAGER", "") not in ("", "0"):
+        return "off: LOWPREC_EAGER is set"
+    if not wanted:
+        return "off: this torch has no CUDA"
+    path = _library_path(name)
+    if path is None:
+        return "not compiled"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"failed to load: {error}"
+    return "loaded"
+
+
+libraries = {"cpu": _load("cpu", True), "cuda": _load("cuda", torch.version.cuda is not None)}
+"""What became of each compiled library: "loaded", or why not. The eager twin serves where none is."""

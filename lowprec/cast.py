@@ -1,0 +1,321 @@
+"""Casts: round a tensor to a format, as values or as codes, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowprec import _ops
+from lowprec.eager import CONTAINERS, code_dtype
+from lowprec.formats import FloatFormat
+from lowprec.formats import format as lookup
+from lowprec.rounding import Rounding
+
+FormatLike = FloatFormat | str | torch.dtype
+"""What a format argument takes: a format, its string, or the torch dtype of that format."""
+
+RANDOM_BITS = (32, 16, 8)
+
+
+def quantize(
+    x: Tensor,
+    fmt: FormatLike,
+    *,
+    rounding: Rounding | str = "nearest_even",
+    saturate: bool = True,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor = 0,
+    generator: torch.Generator | None = None,
+    random_bits: int = 32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Round every element of a tensor to a value of a format, once, from its own dtype.
+
+    The gradient passes straight through. NaN stays as it is, bit for bit.
+
+    Args:
+        x: float64, float32, float16 or bfloat16, any shape, strides and device.
+        fmt: the format, its string or dtype. x's dtype must hold each of its finite values.
+        rounding: a mode of `Rounding`.
+        saturate: whether what rounds past the largest finite magnitude, infinities included, becomes that magnitude.
+            If not, it becomes ±infinity (or, in directed modes, stays as IEEE 754 has it), NaN where the format has no
+            infinity; a `finite` format always saturates.
+        seed, offset: ints or 0-dim int64 tensors on the CPU or on x's device, for stochastic rounding: element i (in
+            row-major order) draws a word that depends on seed, offset and i alone.
+        generator: draws the seed instead (not under `torch.compile`); with neither, torch's default CPU generator does.
+        random_bits: random bits for each element: 32, 16 or 8.
+        out: where to write, of x's shape, dtype and device, any strides; neither differentiable nor vmappable.
+
+    Returns:
+        Values in x's shape, dtype and strides; `out` if given.
+
+    Raises:
+        TypeError: for a tensor or an argument of a wrong type.
+        ValueError: for an unknown format or mode, a dtype that cannot hold the format, or an unfit `out` or seed.
+
+    Source: docs/numerics.md, sections 1 to 3.
+    """
+    _require_float("x", x)
+    fields = _fields(fmt, x.dtype)
+    args = (fields, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
+    if out is not None:
+        return _write(_ops.quantize_out, x, args, out, x.dtype)
+    function = Quantize if torch.compiler.is_compiling() else DualQuantize
+    values: Tensor = function.apply(x, *args)
+    return values
+
+
+def encode(
+    x: Tensor,
+    fmt: FormatLike,
+    *,
+    rounding: Rounding | str = "nearest_even",
+    saturate: bool = True,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor = 0,
+    generator: torch.Generator | None = None,
+    random_bits: int = 32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Round every element of a tensor to a format and return its code: sign, exponent, mantissa from the top bit down.
+
+    Arguments, rounding and overflow are those of `quantize`, but any dtype serves any format. NaN keeps its sign and
+    becomes the quiet NaN in `ieee`, all ones in `fn`, the one NaN of `fnuz` and `p3109`, and the largest positive code in a
+    `finite` format, which has none. Not differentiable.
+
+    Returns:
+        Codes in x's shape and strides: uint8 for formats up to 8 bits, uint16 up to 16, else uint32; `out` if given. Codes
+        of native formats view as torch's float8 types.
+
+    Raises:
+        TypeError, ValueError: as `quantize`.
+    """
+    _require_float("x", x)
+    fields = _fields(fmt)
+    args = (fields, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
+    if out is not None:
+        return _write(_ops.encode_out, x, args, out, code_dtype(fields))
+    codes: Tensor = _ops.encode(x.detach(), *args)
+    return codes
+
+
+def decode(
+    codes: Tensor, fmt: FormatLike | None = None, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> Tensor:
+    """The values of codes, exactly.
+
+    Args:
+        codes: as `encode` returns them; or a tensor of one of torch's float8 dtypes, which then is the default format.
+            Bits above the format's width are ignored.
+        fmt: the format, its string or dtype.
+        dtype: float64, float32, float16 or bfloat16; it must hold every finite value of the format.
+        out: where to write, of the codes' shape and device and of `dtype`, any strides.
+
+    Returns:
+        Values in the codes' shape and strides; `out` if given. A NaN code gives a quiet NaN, with its sign in `ieee` and
+        `fn`.
+
+    Raises:
+        TypeError: for codes of another integer type than `encode` gives, or a dtype that is not one of the four.
+        ValueError: for an unknown format, a dtype that cannot hold it, an unfit `out`, or no format at all.
+    """
+    codes, fmt = _codes_and_format(codes, fmt)
+    if dtype not in CONTAINERS:
+        raise TypeError(f"dtype must be one of {_names(CONTAINERS)}, got {dtype}")
+    fields = _fields(fmt, dtype)
+    if codes.dtype != code_dtype(fields):
+        raise TypeError(f"codes of {fmt} are {code_dtype(fields)}, got {codes.dtype}")
+    if out is not None:
+        return _write(_ops.decode_out, codes, (fields,), out, dtype)
+    values: Tensor = _ops.decode(codes, fields, dtype)
+    return values
+
+
+class Quantize(torch.autograd.Function):
+    """The op with a straight-through gradient, to any order."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        format: list[int],
+        rounding: int,
+        saturate: bool,
+        seed: Tensor | None,
+        offset: Tensor | None,
+        random_bits: int,
+    ) -> Tensor:
+        # Spelled out: dynamo tells a forward without ctx by the number of its parameters.
+        values: Tensor = _ops.quantize(x, format, rounding, saturate, seed, offset, random_bits)
+        return values
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*grads, None, None, None, None, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        return _ops.batch(DualQuantize.apply, info, in_dims, args)
+
+
+class DualQuantize(Quantize):
+    """`Quantize` in forward mode too, which `torch.compile` refuses to trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        tangent: Tensor = tangents[0]
+        return tangent.clone()
+
+
+# Reading a format. `torch.compile` must see its integers as constants: a format travels as a string, which it never
+# makes symbolic, and is looked up outside its sight.
+
+
+def _fields(fmt: FormatLike, dtype: torch.dtype | None = None) -> list[int]:
+    """The integers of a format that a dtype, if given, must hold."""
+    spec = str(fmt) if isinstance(fmt, FloatFormat) else fmt
+    return [int(field) for field in _describe(spec, dtype).split()]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _describe(spec: str | torch.dtype, dtype: torch.dtype | None) -> str:
+    return _cached_fields(lookup(spec), dtype)
+
+
+@lru_cache(maxsize=4096)
+def _cached_fields(fmt: FloatFormat, dtype: torch.dtype | None) -> str:
+    if dtype is not None:
+        _require_holds(fmt, dtype)
+    return " ".join(map(str, fmt.fields))
+
+
+def _require_holds(fmt: FloatFormat, dtype: torch.dtype) -> None:
+    for value in _hardest(fmt):
+        if torch.tensor(value, dtype=torch.float64).to(dtype).item() != value:
+            raise ValueError(f"{dtype} cannot hold {value!r}, a value of {fmt}: use a wider dtype, or encode")
+
+
+def _hardest(fmt: FloatFormat) -> list[float]:
+    """Values that need the most range and precision: a dtype that holds these holds every finite value."""
+    smallest = 1 if fmt.subnormals else 1 << fmt.mbits
+    codes = {smallest, smallest + 1, fmt.max_code, fmt.max_code - 1}
+    return [fmt.magnitude(code) for code in sorted(codes) if code <= fmt.max_code]
+
+
+def _require_float(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in CONTAINERS or x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor of {_names(CONTAINERS)}, got {x.dtype} ({x.layout})")
+
+
+def _names(dtypes: Any) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)
+
+
+def _mode(rounding: Rounding | str, saturate: bool, random_bits: int) -> tuple[int, bool]:
+    if random_bits not in RANDOM_BITS:
+        raise ValueError(f"random_bits must be 32, 16 or 8, got {random_bits!r}")
+    if not isinstance(saturate, bool):
+        raise TypeError(f"saturate must be a bool, got {saturate!r}")
+    return Rounding.of(rounding).index, saturate
+
+
+def _codes_and_format(codes: Tensor, fmt: FormatLike | None) -> tuple[Tensor, FormatLike]:
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes must be a tensor, got {type(codes).__name__}")
+    if codes.is_floating_point() and codes.dtype.itemsize == 1:
+        return codes.view(torch.uint8), codes.dtype if fmt is None else fmt
+    if fmt is None:
+        raise ValueError(f"fmt is needed to decode {codes.dtype}: only torch's float8 tensors name their own format")
+    return codes, fmt
+
+
+# Random seeds.
+
+
+def _draw(
+    x: Tensor,
+    rounding: Rounding | str,
+    seed: int | Tensor | None,
+    offset: int | Tensor,
+    generator: torch.Generator | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Seed and offset as tensors; (None, None) where the mode draws nothing."""
+    if seed is not None and generator is not None:
+        raise ValueError("give seed or generator, not both: the generator's one use is to draw a seed")
+    if rounding != "stochastic":
+        return None, None
+    if x.is_cuda and not (isinstance(seed, Tensor) and seed.is_cuda) and _capturing():
+        raise ValueError(
+            "seed must be a tensor on the device to capture stochastic rounding in a CUDA graph: any other seed would be "
+            "frozen, and every replay would draw the same bits"
+        )
+    if generator is not None:
+        seed = torch.empty((), dtype=torch.int64, device=generator.device).random_(generator=generator)
+    elif seed is None:
+        seed = _ops.draw_seed()
+    return _word(x, "seed", seed), _word(x, "offset", offset)
+
+
+def _capturing() -> bool:
+    return not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
+def _word(x: Tensor, name: str, value: int | Tensor) -> Tensor | None:
+    """A 64-bit word as a 0-dim int64 tensor, ints taken mod 2^64; None for 0."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.dim() != 0:
+            raise ValueError(f"{name} must be a 0-dim int64 tensor, got {value.dtype} of shape {tuple(value.shape)}")
+        if value.device.type != "cpu" and value.device != x.device:
+            raise ValueError(f"{name} must be on the CPU or on {x.device}, got {value.device}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int or a 0-dim int64 tensor, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        value = (value + 2**63) % 2**64 - 2**63
+    return torch.tensor(value, dtype=torch.int64) if value else None
+
+
+# Writing into a given tensor.
+
+
+def _write(op: Callable[..., None], x: Tensor, args: tuple[Any, ...], out: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if (out.shape, out.dtype, out.device) != (x.shape, dtype, x.device):
+        raise ValueError(
+            f"out must be {dtype} of shape {tuple(x.shape)} on {x.device}, got {out.dtype} of shape {tuple(out.shape)} on {out.device}"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise ValueError("out= is not differentiable: detach the tensors or use torch.no_grad()")
+    if not torch.compiler.is_compiling():
+        _require_apart(x, out)
+    op(x, *args, out)
+    return out
+
+
+def _require_apart(x: Tensor, out: Tensor) -> None:
+    """ValueError where writing one element of `out` would change another one, or an element of x not yet read."""
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError("out must not be expanded: several of its elements share one place in memory")
+    same = x.data_ptr() == out.data_ptr() and x.stride() == out.stride() and x.dtype == out.dtype
+    first, last = _span(x)
+    begin, end = _span(out)
+    if not same and x.device == out.device and first < end and begin < last:
+        raise ValueError("out must be x itself or share no memory with it")
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte that a tensor reaches."""
+    if x.numel() == 0:
+        return 0, 0
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.data_ptr(), x.data_ptr() + reach * x.element_size()

@@ -1,0 +1,305 @@
+"""The casts on tensors, in plain torch: any device, nothing compiled, the same bits as the compiled kernels.
+
+Works on the bit patterns alone, in int64, so that no floating-point mode of the machine (flush to zero, say) can change
+a result. The kernels in cuda/include/lowprec/cast.h follow the same steps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowprec.formats import FloatFormat
+from lowprec.rounding import GOES_UP, OVERFLOWS, Rest, Rounding
+
+
+class Container(NamedTuple):
+    """A dtype that holds values: `precision` significand bits with the leading one, exponent `bias`, and its integers."""
+
+    precision: int
+    bias: int
+    integer: torch.dtype
+
+
+CONTAINERS = {
+    torch.float64: Container(53, 1023, torch.int64),
+    torch.float32: Container(24, 127, torch.int32),
+    torch.float16: Container(11, 15, torch.int16),
+    torch.bfloat16: Container(8, 127, torch.int16),
+}
+
+_WORD = 0xFFFFFFFF
+_FAR = 62  # shifting a 53-bit significand this far leaves nothing of it, and stays a legal shift
+
+
+class Unpacked(NamedTuple):
+    """A float tensor as integers: |x| = significand · 2^exponent where x is finite. All int64 or bool, shaped like x."""
+
+    negative: Tensor
+    significand: Tensor
+    exponent: Tensor
+    infinite: Tensor
+    nan: Tensor
+
+
+def unpack(x: Tensor) -> Unpacked:
+    """The integers of a float tensor."""
+    precision, bias, integer = CONTAINERS[x.dtype]
+    bits = x.view(integer).to(torch.int64)
+    fraction = bits & ((1 << (precision - 1)) - 1)
+    field = (bits >> (precision - 1)) & (2 * bias + 1)
+    special = field == 2 * bias + 1
+    significand = fraction + ((field > 0).to(torch.int64) << (precision - 1))
+    exponent = field.clamp(min=1) - (bias + precision - 1)
+    return Unpacked(bits < 0, significand, exponent, special & (fraction == 0), special & (fraction != 0))
+
+
+def floor_log2(n: Tensor) -> Tensor:
+    """Index of the leading bit of positive int64 numbers below 2^53, read from their exact float64; -1023 for 0."""
+    return (n.to(torch.float64).view(torch.int64) >> 52) - 1023
+
+
+def _shift_right(n: Tensor, by: Tensor) -> Tensor:
+    """n · 2^-by rounded down; a left shift where `by` is negative."""
+    return torch.where(by >= 0, n >> by.clamp(0, _FAR), n << (-by).clamp(0, _FAR))
+
+
+class Lower(NamedTuple):
+    """The lower neighbour's magnitude code (on the grid without bound), the upper one's, and what lies between."""
+
+    code: Tensor
+    step: Tensor
+    rest: Rest
+
+
+def lower_neighbour(parts: Unpacked, fmt: FloatFormat, word: Tensor | None, random_bits: int) -> Lower:
+    """Place finite magnitudes between their neighbours in the format."""
+    leading = floor_log2(parts.significand) + parts.exponent
+    above_normal = (leading - fmt.emin).clamp(min=0) if fmt.ebits else torch.zeros_like(leading)
+    quantum = above_normal + (fmt.emin - fmt.mbits)
+    step = torch.ones_like(quantum)
+    if not fmt.subnormals:
+        # Below the smallest normal the neighbours are zero and that normal, one spacing of 2^emin apart.
+        tiny = leading < fmt.emin
+        quantum = torch.where(tiny, fmt.emin, quantum)
+        step = torch.where(tiny, 1 << fmt.mbits, step)
+    # Without exponent bits a code can grow past any shift: far above the largest code, its exact size is of no use.
+    significand = torch.where(leading - quantum > 40, 1, parts.significand)
+    dropped = torch.where(leading - quantum > 40, -40, quantum - parts.exponent)
+    code = (above_normal << fmt.mbits) + _shift_right(significand, dropped)
+    return Lower(code, step, _rest(significand, dropped, code, parts.negative, word, random_bits))
+
+
+def _rest(
+    significand: Tensor, dropped: Tensor, code: Tensor, negative: Tensor, word: Tensor | None, random_bits: int
+) -> Rest:
+    near = dropped.clamp(0, _FAR)
+    rest = significand & ((torch.ones_like(near) << near) - 1)
+    half = (torch.ones_like(near) << near) >> 1
+    if word is None:
+        carry = torch.zeros_like(negative)
+    else:
+        fraction = torch.where(dropped <= 0, 0, _shift_right(rest, dropped - random_bits))
+        carry = fraction + word >= 1 << random_bits
+    inexact = rest != 0
+    return Rest(inexact, inexact & (rest == half), rest > half, (code & 1) == 1, negative, carry)
+
+
+class Rounded(NamedTuple):
+    """Magnitude codes no larger than max_code, and where an infinity takes their place."""
+
+    code: Tensor
+    overflow: Tensor
+    infinite: Tensor
+
+
+def round_code(
+    parts: Unpacked, fmt: FloatFormat, rounding: Rounding, saturate: bool, word: Tensor | None, random_bits: int
+) -> Rounded:
+    """Round magnitudes to codes. Entries where the input is NaN mean nothing."""
+    lower = lower_neighbour(parts, fmt, word, random_bits)
+    code = torch.where(GOES_UP[rounding](lower.rest), lower.code + lower.step, lower.code)
+    overflow = (code > fmt.max_code) | parts.infinite
+    if saturate or fmt.specials == "finite":
+        infinite = torch.zeros_like(overflow)
+    else:
+        infinite = parts.infinite | (overflow & OVERFLOWS[rounding](parts.negative))
+    return Rounded(torch.where(overflow, fmt.max_code, code), overflow, infinite)
+
+
+def pack(code: Tensor, negative: Tensor, fmt: FloatFormat, dtype: torch.dtype) -> Tensor:
+    """The bits, in a container, of the values of finite magnitude codes; the container holds them exactly."""
+    precision, bias, _ = CONTAINERS[dtype]
+    field, mantissa = code >> fmt.mbits, code & fmt.mantissa_mask
+    significand = mantissa + ((field > 0).to(torch.int64) << fmt.mbits)
+    if not fmt.subnormals:
+        significand = torch.where(field > 0, significand, 0)
+    exponent = field.clamp(min=1) - (fmt.bias + fmt.mbits)
+    leading = floor_log2(significand)
+    # The container's own spacing there: never finer than that of its subnormals.
+    spacing = (leading + exponent - (precision - 1)).clamp(min=2 - bias - precision)
+    fraction = _shift_right(significand, spacing - exponent)
+    bits = fraction + ((spacing + (bias + precision - 2)) << (precision - 1))
+    zero = significand == 0
+    signed = negative & (~zero | fmt.has_negative_zero)
+    return torch.where(zero, 0, bits) | (signed.to(torch.int64) << _sign_bit(dtype))
+
+
+def _sign_bit(dtype: torch.dtype) -> int:
+    return dtype.itemsize * 8 - 1
+
+
+def _special_bits(dtype: torch.dtype) -> tuple[int, int]:
+    """The bits of +infinity and of the quiet NaN."""
+    precision, bias, _ = CONTAINERS[dtype]
+    infinity = (2 * bias + 1) << (precision - 1)
+    return infinity, infinity | (1 << (precision - 2))
+
+
+def _as_values(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    return bits.to(CONTAINERS[dtype].integer).view(dtype)
+
+
+def quantize(
+    x: Tensor,
+    fmt: FloatFormat,
+    rounding: Rounding,
+    saturate: bool,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    random_bits: int,
+) -> Tensor:
+    """Values, in x's dtype and shape; NaN keeps its bits. See `lowprec.quantize`."""
+    return _quantize(x, fmt, rounding, saturate, seed, offset, random_bits)[0]
+
+
+def _quantize(
+    x: Tensor,
+    fmt: FloatFormat,
+    rounding: Rounding,
+    saturate: bool,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    random_bits: int,
+) -> tuple[Tensor, Unpacked, Rounded]:
+    parts = unpack(x)
+    word = random_words(x, seed, offset, random_bits) if rounding is Rounding.stochastic else None
+    rounded = round_code(parts, fmt, rounding, saturate, word, random_bits)
+    infinity, nan = _special_bits(x.dtype)
+    special = (parts.negative.to(torch.int64) << _sign_bit(x.dtype)) | (infinity if fmt.has_inf else nan)
+    bits = torch.where(rounded.infinite, special, pack(rounded.code, parts.negative, fmt, x.dtype))
+    values = torch.where(parts.nan, x, _as_values(bits, x.dtype))
+    return torch.empty_like(x).copy_(values), parts, rounded
+
+
+def quantize_count(
+    x: Tensor,
+    fmt: FloatFormat,
+    rounding: Rounding,
+    saturate: bool,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    random_bits: int,
+    counts: Tensor,
+) -> Tensor:
+    """`quantize`, which also adds [elements, saturated, flushed, nan] to int64 counts of shape (4,)."""
+    values, parts, rounded = _quantize(x, fmt, rounding, saturate, seed, offset, random_bits)
+    saturated = rounded.overflow & ~parts.nan
+    flushed = (parts.significand != 0) & (rounded.code == 0) & ~parts.infinite & ~parts.nan
+    total = torch.full((), x.numel(), dtype=torch.int64, device=x.device)
+    counts += torch.stack([total, saturated.sum(), flushed.sum(), parts.nan.sum()])
+    return values
+
+
+def encode(
+    x: Tensor,
+    fmt: FloatFormat,
+    rounding: Rounding,
+    saturate: bool,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    random_bits: int,
+) -> Tensor:
+    """Codes of the values, in the smallest unsigned dtype that holds them. See `lowprec.encode`."""
+    parts = unpack(x)
+    word = random_words(x, seed, offset, random_bits) if rounding is Rounding.stochastic else None
+    rounded = round_code(parts, fmt, rounding, saturate, word, random_bits)
+    signed = parts.negative & ((rounded.code != 0) | fmt.has_negative_zero)
+    code = rounded.code | (signed.to(torch.int64) * fmt.sign_code)
+    code = torch.where(rounded.infinite, _infinity_codes(parts.negative, fmt), code)
+    code = torch.where(parts.nan, _nan_codes(parts.negative, fmt), code)
+    out = torch.empty_like(x, dtype=code_dtype(fmt.fields))
+    return out.copy_(code.to(out.dtype))
+
+
+def _nan_codes(negative: Tensor, fmt: FloatFormat) -> Tensor:
+    if fmt.specials == "finite":
+        return torch.full_like(negative, fmt.max_code, dtype=torch.int64)
+    if not fmt.has_negative_zero:
+        return torch.full_like(negative, fmt.sign_code, dtype=torch.int64)
+    magnitude = fmt.top_code if fmt.specials == "fn" else fmt.max_code + 1 + (1 << (fmt.mbits - 1))
+    return negative.to(torch.int64) * fmt.sign_code + magnitude
+
+
+def _infinity_codes(negative: Tensor, fmt: FloatFormat) -> Tensor:
+    """Codes of infinities, or of the NaNs that stand in for them."""
+    if not fmt.has_inf:
+        return _nan_codes(negative, fmt)
+    return negative.to(torch.int64) * fmt.sign_code + (fmt.max_code + 1)
+
+
+def code_dtype(fields: list[int]) -> torch.dtype:
+    """uint8, uint16 or uint32: the smallest that holds the codes of the format with these `fields`."""
+    bits = 1 + fields[0] + fields[1]
+    return torch.uint8 if bits <= 8 else torch.uint16 if bits <= 16 else torch.uint32
+
+
+def decode(codes: Tensor, fmt: FloatFormat, dtype: torch.dtype) -> Tensor:
+    """Values of codes, exactly. See `lowprec.decode`."""
+    code = codes.to(torch.int64) & ((fmt.sign_code << 1) - 1)
+    negative, magnitude = code >= fmt.sign_code, code & (fmt.sign_code - 1)
+    infinity, nan = _special_bits(dtype)
+    sign = negative.to(torch.int64) << _sign_bit(dtype)
+    bits = pack(magnitude.clamp(max=fmt.max_code), negative, fmt, dtype)
+    special = sign | torch.where(magnitude == fmt.max_code + 1, infinity if fmt.has_inf else nan, nan)
+    bits = torch.where(magnitude > fmt.max_code, special, bits)
+    if not fmt.has_negative_zero:
+        bits = torch.where(code == fmt.sign_code, nan, bits)
+    return torch.empty_like(codes, dtype=dtype).copy_(_as_values(bits, dtype))
+
+
+def random_words(x: Tensor, seed: Tensor | None, offset: Tensor | None, random_bits: int) -> Tensor:
+    """The random word of every element, by its index in row-major order: int64, shaped like x.
+
+    Philox4x32-10 (Salmon et al. 2011): key = the seed's words, counter = the words of the element's group and of the
+    offset; a group of four 32-bit words serves 4, 8 or 16 elements, each word split from its low end.
+    """
+    index = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    per_word = 32 // random_bits
+    group, lane = index // (4 * per_word), index // per_word % 4
+    words = philox(_halves(seed, x.device), _halves(offset, x.device), group)
+    word = torch.stack(words).gather(0, lane.unsqueeze(0)).squeeze(0)
+    return (word >> (index % per_word * random_bits)) & ((1 << random_bits) - 1)
+
+
+def _halves(n: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Low and high 32 bits of a 0-dim int64 tensor, None being 0."""
+    n = torch.zeros((), dtype=torch.int64, device=device) if n is None else n.to(device)
+    return n & _WORD, (n >> 32) & _WORD
+
+
+def philox(
+    key: tuple[Tensor, Tensor], offset: tuple[Tensor, Tensor], group: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words of Philox4x32-10, as int64. Products wrap mod 2^64, which keeps their words right."""
+    k0, k1 = key
+    c0, c1 = group & _WORD, (group >> 32) & _WORD
+    c2, c3 = (part.expand_as(group) for part in offset)
+    for _ in range(10):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((second >> 32) & _WORD) ^ c1 ^ k0, second & _WORD
+        c2, c3 = ((first >> 32) & _WORD) ^ c3 ^ k1, first & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
