@@ -20,7 +20,7 @@ from lowprec.formats import SPECIALS, FloatFormat
 from lowprec.rounding import Rounding
 
 _CAST = "Tensor x, int[] format, int rounding, bool saturate, Tensor? seed, Tensor? offset, int random_bits"
-_LIBRARY = torch.library.Library("lowprec", "DEF")
+_LIBRARY: Any = torch.library.Library("lowprec", "DEF")  # type: ignore[no-untyped-call]
 _MODES = tuple(Rounding)
 
 
@@ -34,7 +34,7 @@ def format_of(fields: tuple[int, ...]) -> FloatFormat:
 Kernel = Callable[..., Any]
 
 
-def _define(schema: str, kernel: Kernel, fake: Kernel, *, batched: bool = True, tags: tuple[torch.Tag, ...] = ()) -> None:
+def _define(schema: str, kernel: Kernel, fake: Kernel, *, batched: bool = True, tags: Any = ()) -> None:
     """Register one op: its eager kernel on every device, its fake kernel and, if `batched`, its batching rule."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
@@ -42,7 +42,11 @@ def _define(schema: str, kernel: Kernel, fake: Kernel, *, batched: bool = True, 
     torch.library.register_fake(f"lowprec::{name}", fake, lib=_LIBRARY)
     if batched:
         op = getattr(torch.ops.lowprec, name)
-        torch.library.register_vmap(f"lowprec::{name}", lambda info, dims, *args: batch(op, info, dims, args), lib=_LIBRARY)
+
+        def rule(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+            return batch(op, info, dims, args)
+
+        torch.library.register_vmap(f"lowprec::{name}", rule, lib=_LIBRARY)
 
 
 def batch(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
@@ -53,8 +57,11 @@ def batch(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -
     batched = {i: dim for i, dim in enumerate(dims) if isinstance(dim, int)}
     if set(batched) == {0}:
         return op(*args), batched[0]
-    slices = [[arg.select(batched[i], n) if i in batched else arg for i, arg in enumerate(args)] for n in range(info.batch_size)]
-    return torch.stack([op(*each) for each in slices]), 0
+
+    def sample(n: int) -> list[Any]:
+        return [arg.select(batched[i], n) if i in batched else arg for i, arg in enumerate(args)]
+
+    return torch.stack([op(*sample(n)) for n in range(info.batch_size)]), 0
 
 
 def _eager(function: Kernel) -> Kernel:
@@ -109,7 +116,9 @@ def _fake_seed() -> Tensor:
 
 
 _define(f"quantize({_CAST}) -> Tensor", _eager(eager.quantize), _fake_values)
-_define(f"quantize_count({_CAST}, Tensor(a!) counts) -> Tensor", _eager(eager.quantize_count), _fake_values, batched=False)
+_define(
+    f"quantize_count({_CAST}, Tensor(a!) counts) -> Tensor", _eager(eager.quantize_count), _fake_values, batched=False
+)
 _define(f"quantize_out({_CAST}, Tensor(a!) out) -> ()", _into(_eager(eager.quantize)), _fake_none, batched=False)
 _define(f"encode({_CAST}) -> Tensor", _eager(eager.encode), _fake_codes)
 _define(f"encode_out({_CAST}, Tensor(a!) out) -> ()", _into(_eager(eager.encode)), _fake_none, batched=False)
@@ -145,7 +154,7 @@ def _load(name: str, wanted: bool) -> str:
     if path is None:
         return "not compiled"
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"failed to load: {error}"
     return "loaded"

@@ -44,8 +44,9 @@ def quantize(
         saturate: whether what rounds past the largest finite magnitude, infinities included, becomes that magnitude.
             If not, it becomes ±infinity (or, in directed modes, stays as IEEE 754 has it), NaN where the format has no
             infinity; a `finite` format always saturates.
-        seed, offset: ints or 0-dim int64 tensors on the CPU or on x's device, for stochastic rounding: element i (in
-            row-major order) draws a word that depends on seed, offset and i alone.
+        seed: an int or a 0-dim int64 tensor on the CPU or on x's device, for stochastic rounding: element i (row-major
+            order) draws a word that depends on seed, offset and i alone.
+        offset: likewise.
         generator: draws the seed instead (not under `torch.compile`); with neither, torch's default CPU generator does.
         random_bits: random bits for each element: 32, 16 or 8.
         out: where to write, of x's shape, dtype and device, any strides; neither differentiable nor vmappable.
@@ -65,7 +66,7 @@ def quantize(
     if out is not None:
         return _write(_ops.quantize_out, x, args, out, x.dtype)
     function = Quantize if torch.compiler.is_compiling() else DualQuantize
-    values: Tensor = function.apply(x, *args)
+    values: Tensor = function.apply(x, *args)  # type: ignore[no-untyped-call]
     return values
 
 
@@ -84,12 +85,12 @@ def encode(
     """Round every element of a tensor to a format and return its code: sign, exponent, mantissa from the top bit down.
 
     Arguments, rounding and overflow are those of `quantize`, but any dtype serves any format. NaN keeps its sign and
-    becomes the quiet NaN in `ieee`, all ones in `fn`, the one NaN of `fnuz` and `p3109`, and the largest positive code in a
-    `finite` format, which has none. Not differentiable.
+    becomes the quiet NaN in `ieee`, all ones in `fn`, the one NaN of `fnuz` and `p3109`, and the largest positive code
+    in a `finite` format, which has none. Not differentiable.
 
     Returns:
-        Codes in x's shape and strides: uint8 for formats up to 8 bits, uint16 up to 16, else uint32; `out` if given. Codes
-        of native formats view as torch's float8 types.
+        Codes in x's shape and strides: uint8 for formats up to 8 bits, uint16 up to 16, else uint32; `out` if given.
+        Codes of native formats view as torch's float8 types.
 
     Raises:
         TypeError, ValueError: as `quantize`.
@@ -116,8 +117,8 @@ def decode(
         out: where to write, of the codes' shape and device and of `dtype`, any strides.
 
     Returns:
-        Values in the codes' shape and strides; `out` if given. A NaN code gives a quiet NaN, with its sign in `ieee` and
-        `fn`.
+        Values in the codes' shape and strides; `out` if given. A NaN code gives a quiet NaN, with its sign in `ieee`
+        and `fn`.
 
     Raises:
         TypeError: for codes of another integer type than `encode` gives, or a dtype that is not one of the four.
@@ -225,7 +226,7 @@ def _mode(rounding: Rounding | str, saturate: bool, random_bits: int) -> tuple[i
         raise ValueError(f"random_bits must be 32, 16 or 8, got {random_bits!r}")
     if not isinstance(saturate, bool):
         raise TypeError(f"saturate must be a bool, got {saturate!r}")
-    return Rounding.of(rounding).index, saturate
+    return Rounding.of(rounding).number, saturate
 
 
 def _codes_and_format(codes: Tensor, fmt: FormatLike | None) -> tuple[Tensor, FormatLike]:
@@ -255,8 +256,8 @@ def _draw(
         return None, None
     if x.is_cuda and not (isinstance(seed, Tensor) and seed.is_cuda) and _capturing():
         raise ValueError(
-            "seed must be a tensor on the device to capture stochastic rounding in a CUDA graph: any other seed would be "
-            "frozen, and every replay would draw the same bits"
+            "seed must be a tensor on the device to capture stochastic rounding in a CUDA graph: any other seed would "
+            "be frozen, and every replay would draw the same bits"
         )
     if generator is not None:
         seed = torch.empty((), dtype=torch.int64, device=generator.device).random_(generator=generator)
@@ -292,7 +293,8 @@ def _write(op: Callable[..., None], x: Tensor, args: tuple[Any, ...], out: Tenso
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")
     if (out.shape, out.dtype, out.device) != (x.shape, dtype, x.device):
         raise ValueError(
-            f"out must be {dtype} of shape {tuple(x.shape)} on {x.device}, got {out.dtype} of shape {tuple(out.shape)} on {out.device}"
+            f"out must be {dtype} of shape {tuple(x.shape)} on {x.device}, "
+            f"got {out.dtype} of shape {tuple(out.shape)} on {out.device}"
         )
     if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise ValueError("out= is not differentiable: detach the tensors or use torch.no_grad()")

@@ -16,7 +16,7 @@ from lowprec.rounding import GOES_UP, OVERFLOWS, Rest, Rounding
 
 
 class Container(NamedTuple):
-    """A dtype that holds values: `precision` significand bits with the leading one, exponent `bias`, and its integers."""
+    """A dtype that holds values: significand bits with the leading one, exponent bias, and the integers of its bits."""
 
     precision: int
     bias: int
@@ -35,7 +35,7 @@ _FAR = 62  # shifting a 53-bit significand this far leaves nothing of it, and st
 
 
 class Unpacked(NamedTuple):
-    """A float tensor as integers: |x| = significand · 2^exponent where x is finite. All int64 or bool, shaped like x."""
+    """A float tensor as integers: |x| = significand · 2^exponent where finite. All int64 or bool, shaped like x."""
 
     negative: Tensor
     significand: Tensor
@@ -62,7 +62,7 @@ def floor_log2(n: Tensor) -> Tensor:
 
 
 def _shift_right(n: Tensor, by: Tensor) -> Tensor:
-    """n · 2^-by rounded down; a left shift where `by` is negative."""
+    """Give n · 2^-by rounded down; a left shift where `by` is negative."""
     return torch.where(by >= 0, n >> by.clamp(0, _FAR), n << (-by).clamp(0, _FAR))
 
 

@@ -7,6 +7,7 @@ switch for subnormals. Everything else is derived. To add a named format, add on
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -248,7 +249,12 @@ def _check_split(ebits: int, mbits: int, specials: str, subnormals: bool) -> Non
         raise ValueError(f"{name} with specials={specials!r} and subnormals={subnormals} has no finite nonzero value")
 
 
-_OPTIONS = {"bias": int, "emax": int, "specials": str, "subnormals": {"on": True, "off": False}.__getitem__}
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "bias": int,
+    "emax": int,
+    "specials": str,
+    "subnormals": {"on": True, "off": False}.__getitem__,
+}
 _SPLIT = re.compile(r"1-(\d+)-(\d+)(?::(.*))?", re.ASCII)
 
 NAMES: dict[str, FloatFormat] = {
@@ -314,7 +320,7 @@ def _parse(text: str) -> FloatFormat:
         known = ", ".join(name for name in NAMES if not name.startswith("p3109"))
         raise ValueError(f"unknown format {text!r}: expected 1-e-m[:key=value,...], p3109_k<K>p<P> or one of {known}")
     options: dict[str, Any] = {}
-    for item in (match[3].split(",") if match[3] is not None else []):
+    for item in match[3].split(",") if match[3] is not None else []:
         key, _, value = item.partition("=")
         if key not in _OPTIONS or key in options:
             raise ValueError(f"format {text!r}: expected each of {', '.join(_OPTIONS)} at most once, got {item!r}")

@@ -152,7 +152,7 @@ def quantize(
 
 
 def philox(seed: int, offset: int, group: int) -> tuple[int, int, int, int]:
-    """The four 32-bit words of Philox4x32-10 (Salmon et al. 2011) at one counter: key = seed, counter = (group, offset)."""
+    """The four words of Philox4x32-10 (Salmon et al. 2011) at one counter: key = seed, counter = (group, offset)."""
     key = [seed & _MASK, (seed >> 32) & _MASK]
     c = [group & _MASK, (group >> 32) & _MASK, offset & _MASK, (offset >> 32) & _MASK]
     for _ in range(10):
@@ -202,7 +202,10 @@ def table(fmt: FloatFormat, rounding: Rounding, negative: bool) -> Table:
     for lower, upper in zip(codes[:-1].tolist(), codes[1:].tolist(), strict=True):
         low, high = grid(fmt, lower), grid(fmt, upper)
         middle, quarter = (low + high) / 2, (high - low) / 4
-        goes_up = [round_magnitude(fmt, sign * x, rounding, 0, 32) == upper for x in (middle - quarter, middle, middle + quarter)]
+        goes_up = [
+            round_magnitude(fmt, sign * x, rounding, 0, 32) == upper
+            for x in (middle - quarter, middle, middle + quarter)
+        ]
         # The result changes at the lower neighbour (any rest goes up), at the midpoint, or only at the upper neighbour.
         threshold = low if goes_up[0] else middle if goes_up[2] else high
         thresholds.append(float(threshold))

@@ -1,21 +1,21 @@
 """Rounding modes: one predicate each, written once for exact fractions and for tensors.
 
 A number x lies between two neighbours of a format, `lower` and `upper` in magnitude. A mode decides whether x goes to
-the upper one. To add a mode, add a member to `Rounding`, a predicate to `GOES_UP`, an entry to `OVERFLOWS`, and a functor
-to cuda/include/lowprec/round.h.
+the upper one. To add a mode, add a member to `Rounding`, a predicate to `GOES_UP`, an entry to `OVERFLOWS`, and a
+functor to cuda/include/lowprec/round.h.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 Flag = Any
 """A Python bool or a bool tensor: predicates use only `&`, `|` and `^`, which both have."""
 
 
-class Rounding(str, Enum):
+class Rounding(StrEnum):
     """Rounding modes, in the order that kernels know them by.
 
     nearest_even: nearest; ties to the even code. nearest_away: nearest; ties to the larger magnitude. toward_zero, up,
@@ -34,7 +34,8 @@ class Rounding(str, Enum):
     stochastic = "stochastic"
 
     @property
-    def index(self) -> int:
+    def number(self) -> int:
+        """The mode's place in the order above."""
         return list(Rounding).index(self)
 
     @classmethod
@@ -43,7 +44,7 @@ class Rounding(str, Enum):
         try:
             return cls(value)
         except ValueError:
-            raise ValueError(f"rounding must be one of {', '.join(mode.value for mode in cls)}, got {value!r}") from None
+            raise ValueError(f"rounding must be one of {', '.join(cls)}, got {value!r}") from None
 
 
 class Rest(NamedTuple):
