@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 # Examples are random on a developer's machine and the same each time in CI. Time limits per example would measure
 # the machine.
 settings.register_profile("default", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
@@ -46,12 +45,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
+def seeded() -> None:
     """Every test starts from the same global random states, whichever ran before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture(scope="session")
