@@ -136,22 +136,14 @@ decode_out = torch.ops.lowprec.decode_out.default
 draw_seed = torch.ops.lowprec.draw_seed.default
 
 
-def _library_path(name: str) -> Path | None:
-    """A compiled library, looked for beside every place that the package is made of."""
-    import lowprec
-
-    places = [Path(place) / "_lib" / f"lowprec_{name}.so" for place in lowprec.__path__]
-    return next((path for path in places if path.exists()), None)
-
-
 def _load(name: str, wanted: bool) -> str:
     """Load one compiled library; what became of it, in a few words."""
     if os.environ.get("LOWPREC_EAGER", "") not in ("", "0"):
         return "off: LOWPREC_EAGER is set"
     if not wanted:
         return "off: this torch has no CUDA"
-    path = _library_path(name)
-    if path is None:
+    path = Path(__file__).with_name("_lib") / f"lowprec_{name}.so"
+    if not path.exists():
         return "not compiled"
     try:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
