@@ -23,13 +23,16 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"formats", "rounding"},
     {"reference", "eager"},
-    {"_ops"},
+    {"_ops", "testing"},
     {"cast"},
     {"policy"},
     {"wrap"},
     {""},
     {"sparse"},
     {"studies"},
+    {"tables"},
+    {"ruler"},
+    {"chart", "doctor"},
     {"cli"},
     {"__main__"},
 )
