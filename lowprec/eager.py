@@ -76,7 +76,8 @@ class Lower(NamedTuple):
 
 def lower_neighbour(parts: Unpacked, fmt: FloatFormat, word: Tensor | None, random_bits: int) -> Lower:
     """Place finite magnitudes between their neighbours in the format."""
-    leading = floor_log2(parts.significand) + parts.exponent
+    zero = parts.significand == 0  # which has no leading bit; any place that is not above the smallest normal will do
+    leading = torch.where(zero, fmt.emin, floor_log2(parts.significand) + parts.exponent)
     above_normal = (leading - fmt.emin).clamp(min=0) if fmt.ebits else torch.zeros_like(leading)
     quantum = above_normal + (fmt.emin - fmt.mbits)
     step = torch.ones_like(quantum)

@@ -1,0 +1,113 @@
+// Casts on the CPU: loops that the compiler turns into vector code, shared out among torch's threads.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "lowprec/cast_ops.h"
+#include "lowprec/inline.h"
+#include "lowprec/philox.h"
+
+namespace lowprec {
+namespace {
+
+// Elements that one loop works on: their random words stay in the first-level cache, and a multiple of the 16 elements
+// that a Philox counter can serve.
+constexpr int64_t kBlock = 2048;
+constexpr int64_t kGrain = 16;  // blocks that are worth a thread
+
+/// Seed and offset of stochastic rounding, read from their tensors.
+struct Draws {
+  uint64_t seed;
+  uint64_t offset;
+  int bits;
+};
+
+uint64_t read_word(const MaybeTensor& word) {
+  if (!word) return 0;
+  STD_TORCH_CHECK(word->is_cpu(), "seed and offset of a cast on the CPU must be on the CPU");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(word->const_data_ptr()));
+}
+
+template <int kBits>
+LOWPREC_CLONES void draw_block(uint64_t seed, uint64_t offset, int64_t begin, int64_t count, uint32_t* words) {
+  for (int64_t i = 0; i < count; i += 4) {
+    const Words draws = draw_four<kBits>(seed, offset, begin + i);
+    for (int j = 0; j < 4; ++j) words[i + j] = draws.word[j];
+  }
+}
+
+/// The random words of a block, a few more than count where that is no multiple of four.
+void draw(const Draws& draws, int64_t begin, int64_t count, uint32_t* words) {
+  const auto block = draws.bits == 32 ? draw_block<32> : draws.bits == 16 ? draw_block<16> : draw_block<8>;
+  block(draws.seed, draws.offset, begin, count, words);
+}
+
+template <class TallyOrNone, class Op>
+LOWPREC_CLONES TallyOrNone cast_block(const Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count,
+                                      const uint32_t* words) {
+  TallyOrNone tally;
+  // Each element is read before its own place is written, also where x and out are the same array.
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) out[i] = op(x[i], Op::random ? words[i] : 0, tally);
+  return tally;
+}
+
+/// Sums of tallies from several threads. Integers, so their order does not matter.
+class Total {
+ public:
+  void add(NoTally) {}
+  void add(Tally tally) {
+    saturated_ += tally.saturated;
+    flushed_ += tally.flushed;
+    nan_ += tally.nan;
+  }
+
+  void add_to(int64_t* counts, int64_t elements) const {
+    counts[0] += elements;
+    counts[1] += saturated_;
+    counts[2] += flushed_;
+    counts[3] += nan_;
+  }
+
+ private:
+  std::atomic<int64_t> saturated_{0};
+  std::atomic<int64_t> flushed_{0};
+  std::atomic<int64_t> nan_{0};
+};
+
+struct Cpu {
+  template <class TallyOrNone, class Op>
+  static void run(const Op& op, const Tensor& x, const Tensor& out, const Source& source, int64_t* counts) {
+    const Draws draws = Op::random ? Draws{read_word(source.seed), read_word(source.offset), source.bits} : Draws{};
+    elementwise(x, out, Op::random, [&](const void* from, void* to, int64_t count) {
+      const auto* input = static_cast<const typename Op::Input*>(from);
+      auto* output = static_cast<typename Op::Output*>(to);
+      Total total;
+      parallel_for(0, (count + kBlock - 1) / kBlock, kGrain, [&](int64_t first, int64_t last) {
+        alignas(64) uint32_t words[Op::random ? kBlock : 1];
+        for (int64_t begin = first * kBlock; begin < std::min(last * kBlock, count); begin += kBlock) {
+          const int64_t size = std::min(kBlock, count - begin);
+          if (Op::random) draw(draws, begin, size, words);
+          total.add(cast_block<TallyOrNone>(op, input + begin, output + begin, size, words));
+        }
+      });
+      if (counts) total.add_to(counts, count);
+    });
+  }
+};
+
+using Ops = CastOps<Cpu>;
+
+STABLE_TORCH_LIBRARY_IMPL(lowprec, CPU, library) {
+  library.impl("quantize", TORCH_BOX(&Ops::quantize));
+  library.impl("quantize_out", TORCH_BOX(&Ops::quantize_out));
+  library.impl("quantize_count", TORCH_BOX(&Ops::quantize_count));
+  library.impl("encode", TORCH_BOX(&Ops::encode));
+  library.impl("encode_out", TORCH_BOX(&Ops::encode_out));
+  library.impl("decode", TORCH_BOX(&Ops::decode));
+  library.impl("decode_out", TORCH_BOX(&Ops::decode_out));
+}
+
+}  // namespace
+}  // namespace lowprec

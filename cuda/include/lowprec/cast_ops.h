@@ -1,0 +1,165 @@
+// The casts as operators: checks, results, and the choice of a kernel. A backend runs it: one for CPU, one for CUDA.
+//
+// Python has checked every argument and said what is wrong with it. The checks here are a second fence, for callers that
+// come by another way.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "lowprec/cast.h"
+#include "lowprec/dispatch.h"
+#include "lowprec/elementwise.h"
+#include "lowprec/torch_stable.h"
+
+namespace lowprec {
+
+using Ints = std::vector<int64_t>;
+using MaybeTensor = std::optional<Tensor>;
+
+inline Format read_format(const Ints& fields) {
+  STD_TORCH_CHECK(fields.size() == 5, "format must have 5 fields, got ", fields.size());
+  Format format{static_cast<int>(fields[0]), static_cast<int>(fields[1]), static_cast<int>(fields[2]),
+                static_cast<Specials>(fields[3]), fields[4] != 0};
+  STD_TORCH_CHECK(format.valid(), "no such format: 1-", fields[0], "-", fields[1], ", bias ", fields[2]);
+  return format;
+}
+
+/// The dtype of a format's codes.
+inline ScalarType code_dtype(const Format& format) {
+  return format.bits() <= 8 ? ScalarType::Byte : format.bits() <= 16 ? ScalarType::UInt16 : ScalarType::UInt32;
+}
+
+template <class C>
+void check_within(const Format& format, C container) {
+  STD_TORCH_CHECK(Grid::of(format, container).within, "the dtype cannot hold every finite value of the format");
+}
+
+inline void check_same_place(const Tensor& x, const Tensor& other) {
+  STD_TORCH_CHECK(x.device() == other.device(), "expected tensors on one device");
+}
+
+inline void check_out(const Tensor& x, const Tensor& out, ScalarType dtype) {
+  STD_TORCH_CHECK(out.scalar_type() == dtype && same_shape(x, out), "out has another dtype or shape than the result");
+  check_same_place(x, out);
+}
+
+inline void check_word(const MaybeTensor& word) {
+  STD_TORCH_CHECK(!word || (word->scalar_type() == ScalarType::Long && word->numel() == 1),
+                  "seed and offset must be 0-dim int64 tensors");
+}
+
+inline int64_t* read_counts(const Tensor& x, const Tensor& counts) {
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.numel() == 4 && counts.is_contiguous(),
+                  "counts must be a contiguous int64 tensor of 4 elements");
+  check_same_place(x, counts);
+  return static_cast<int64_t*>(counts.mutable_data_ptr());
+}
+
+/// What stochastic rounding draws from.
+struct Source {
+  const MaybeTensor& seed;
+  const MaybeTensor& offset;
+  int bits;
+
+  Source(const MaybeTensor& seed, const MaybeTensor& offset, int64_t random_bits)
+      : seed(seed), offset(offset), bits(static_cast<int>(random_bits)) {
+    STD_TORCH_CHECK(bits == 32 || bits == 16 || bits == 8, "random_bits must be 32, 16 or 8, got ", random_bits);
+    check_word(seed);
+    check_word(offset);
+  }
+};
+
+/// The operators of lowprec/_ops.py. `Backend::run(op, x, out, source, counts)` applies a cast to the elements of x;
+/// `counts` is null or points to [elements, saturated, flushed, nan], to be added to.
+template <class Backend>
+struct CastOps {
+  static Tensor quantize(const Tensor& x, const Ints& format, int64_t rounding, bool saturate, const MaybeTensor& seed,
+                         const MaybeTensor& offset, int64_t random_bits) {
+    Tensor out = empty_like(x, x.scalar_type());
+    quantize_into(x, read_format(format), rounding, saturate, {seed, offset, random_bits}, out, nullptr);
+    return out;
+  }
+
+  static void quantize_out(const Tensor& x, const Ints& format, int64_t rounding, bool saturate,
+                           const MaybeTensor& seed, const MaybeTensor& offset, int64_t random_bits, const Tensor& out) {
+    check_out(x, out, x.scalar_type());
+    quantize_into(x, read_format(format), rounding, saturate, {seed, offset, random_bits}, out, nullptr);
+  }
+
+  static Tensor quantize_count(const Tensor& x, const Ints& format, int64_t rounding, bool saturate,
+                               const MaybeTensor& seed, const MaybeTensor& offset, int64_t random_bits,
+                               const Tensor& counts) {
+    Tensor out = empty_like(x, x.scalar_type());
+    quantize_into(x, read_format(format), rounding, saturate, {seed, offset, random_bits}, out, read_counts(x, counts));
+    return out;
+  }
+
+  static Tensor encode(const Tensor& x, const Ints& format, int64_t rounding, bool saturate, const MaybeTensor& seed,
+                       const MaybeTensor& offset, int64_t random_bits) {
+    Tensor out = empty_like(x, code_dtype(read_format(format)));
+    encode_into(x, read_format(format), rounding, saturate, {seed, offset, random_bits}, out);
+    return out;
+  }
+
+  static void encode_out(const Tensor& x, const Ints& format, int64_t rounding, bool saturate, const MaybeTensor& seed,
+                         const MaybeTensor& offset, int64_t random_bits, const Tensor& out) {
+    check_out(x, out, code_dtype(read_format(format)));
+    encode_into(x, read_format(format), rounding, saturate, {seed, offset, random_bits}, out);
+  }
+
+  static Tensor decode(const Tensor& codes, const Ints& format, ScalarType dtype) {
+    Tensor out = empty_like(codes, dtype);
+    decode_into(codes, read_format(format), out);
+    return out;
+  }
+
+  static void decode_out(const Tensor& codes, const Ints& format, const Tensor& out) {
+    check_out(codes, out, out.scalar_type());
+    decode_into(codes, read_format(format), out);
+  }
+
+ private:
+  static void quantize_into(const Tensor& x, const Format& format, int64_t rounding, bool saturate,
+                            const Source& source, const Tensor& out, int64_t* counts) {
+    for_container(x.scalar_type(), [&](auto container) {
+      check_within(format, container);
+      for_rounding(rounding, [&](auto mode) {
+        const Quantize<decltype(container), decltype(mode)> op(format, saturate);
+        if (counts) {
+          Backend::template run<Tally>(op, x, out, source, counts);
+        } else {
+          Backend::template run<NoTally>(op, x, out, source, counts);
+        }
+      });
+    });
+  }
+
+  static void encode_into(const Tensor& x, const Format& format, int64_t rounding, bool saturate, const Source& source,
+                          const Tensor& out) {
+    for_container(x.scalar_type(), [&](auto container) {
+      for_code(code_dtype(format), [&](auto code) {
+        for_rounding(rounding, [&](auto mode) {
+          const Encode<decltype(container), decltype(mode), decltype(code)> op(format, saturate);
+          Backend::template run<NoTally>(op, x, out, source, nullptr);
+        });
+      });
+    });
+  }
+
+  static void decode_into(const Tensor& codes, const Format& format, const Tensor& out) {
+    STD_TORCH_CHECK(codes.scalar_type() == code_dtype(format), "the codes have another dtype than the format's");
+    const MaybeTensor none;
+    for_container(out.scalar_type(), [&](auto container) {
+      check_within(format, container);
+      for_code(codes.scalar_type(), [&](auto code) {
+        const Decode<decltype(code), decltype(container)> op(format);
+        Backend::template run<NoTally>(op, codes, out, {none, none, 32}, nullptr);
+      });
+    });
+  }
+};
+
+}  // namespace lowprec
