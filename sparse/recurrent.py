@@ -1,0 +1,468 @@
+"""LSTM and multiplicative LSTM with internal steps, each operand, stored activation and gradient in its own format.
+
+Plain torch: one timestep and its gradient, written by hand, so that every rounding is on the page. Weight gradients are
+formed once for a chunk of timesteps, from the rounded operands of them all. Faster kernels are held to this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lowprec.cast import quantize
+from lowprec.formats import FloatFormat
+from lowprec.formats import format as lookup
+from lowprec.sparse.rounding import caster
+
+EPS = 1e-6
+"""Added to the variance in every layer norm."""
+
+FORGET = 1
+"""Index of the forget gate; the gates' order is input, forget, output, update (the candidate u)."""
+
+State = tuple[Tensor, Tensor]
+"""Hidden state h and cell state c."""
+
+aten = torch.ops.aten
+
+
+class Roles(Protocol):
+    """The format of each role, None for full precision: what `lowprec.Policy` says."""
+
+    @property
+    def activation(self) -> Any: ...
+    @property
+    def weight(self) -> Any: ...
+    @property
+    def activation_grad(self) -> Any: ...
+    @property
+    def weight_grad(self) -> Any: ...
+
+
+class Linear(NamedTuple):
+    """A linear map to G groups of H features, each with its own layer norm (none where `gain` is None).
+
+    weight: [R, in, G·H], rounded; gain, bias: [R, 1, G, H].
+    """
+
+    weight: Tensor
+    gain: Tensor | None
+    bias: Tensor
+
+
+class Norm(NamedTuple):
+    """What the gradient of a layer norm reads: its input z [R, N, G, H]; mean and 1/deviation [R, N, G, 1]."""
+
+    z: Tensor
+    mean: Tensor
+    scale: Tensor
+
+
+class Saved(NamedTuple):
+    """What the gradient of a timestep reads.
+
+    operands: what each linear map was given; norms: of each; first: LN_0(W_0 h), before its product with m;
+    gates: their inputs [R, N, 4, H]; before, after: c on both sides of the step.
+    """
+
+    operands: tuple[Tensor, ...]
+    norms: tuple[Norm | None, ...]
+    first: Tensor | None
+    gates: Tensor
+    before: Tensor
+    after: Tensor
+
+
+class Gradients(NamedTuple):
+    """Of a timestep: of h and c before it, of its inputs, and of each linear map's output y and product z."""
+
+    h: Tensor
+    c: Tensor
+    inputs: Tensor
+    y: tuple[Tensor, ...]
+    z: tuple[Tensor, ...]
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """Batched x · w; bfloat16 operands are summed and returned in float32."""
+    if x.dtype != torch.bfloat16:
+        return torch.bmm(x, w)
+    return torch.bmm(x, w, out_dtype=torch.float32) if x.is_cuda else torch.bmm(x.float(), w.float())
+
+
+class Cell:
+    """The arithmetic of one timestep, for R replicas, N rows, H features.
+
+    Elementwise work is in the dtype `wide`; operands and stored values in `container`, which holds their formats.
+    Internal steps: `maps` = (W_0, ..., W_K-1, gates) and `inputs` = (m, a) [R, N, 2, H]. Without them: maps = (gates,)
+    and inputs [R, N, 4, H] are added to the gates. `keep`: [R, N, H], the scaled dropout mask of u, or None.
+    """
+
+    def __init__(
+        self,
+        roles: tuple[FloatFormat | None, ...],
+        wide: torch.dtype,
+        container: torch.dtype,
+        device_type: str,
+        fuse: bool,
+    ) -> None:
+        casts = [caster(fmt, wide, device_type, fuse) for fmt in roles]
+        self.round, self.round_weight, self.round_grad, self.round_weight_grad = casts
+        self.wide, self.container = wide, container
+        self.step = torch.compile(self._step, dynamic=False) if fuse else self._step
+        self.step_back = torch.compile(self._step_back, dynamic=False) if fuse else self._step_back
+
+    def hold(self, x: Tensor) -> Tensor:
+        """A rounded tensor, as it is stored."""
+        return x.to(self.container)
+
+    def make_linear(self, weight: Tensor, gain: Tensor | None, bias: Tensor) -> Linear:
+        return Linear(self.hold(self.round_weight(weight)), gain, bias)
+
+    def linear(self, x: Tensor, p: Linear) -> tuple[Tensor, Norm | None]:
+        """[R, N, in] -> LN(x · W) [R, N, G, H]; the product and the output of the norm are both rounded."""
+        z = product(x, p.weight).unflatten(-1, p.bias.shape[-2:])
+        if p.gain is None:
+            return z + p.bias, None
+        z = self.round(z)
+        normal, mean, scale = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
+        return self.round(torch.addcmul(p.bias, normal, p.gain)), Norm(self.hold(z), mean, scale)
+
+    def linear_back(self, dy: Tensor, p: Linear, norm: Norm | None) -> tuple[Tensor, Tensor]:
+        """The gradient of the output y [R, N, G, H], rounded, and that of the product z, rounded too."""
+        dy = self.round_grad(dy)
+        if norm is None or p.gain is None:
+            return self.hold(dy), self.hold(dy)
+        z, shape, mask = norm.z.to(self.wide), norm.z.shape[-1:], [True, False, False]
+        dz = aten.native_layer_norm_backward(dy * p.gain, z, shape, norm.mean, norm.scale, None, None, mask)[0]
+        return self.hold(dy), self.hold(self.round_grad(dz))
+
+    def _step(
+        self, h: Tensor, c: Tensor, inputs: Tensor, maps: tuple[Linear, ...], keep: Tensor | None
+    ) -> tuple[Tensor, Saved]:
+        """One timestep: h, as it is stored, and c [R, N, H] -> the next h; the next c is `saved.after`."""
+        operands, norms, first = [h], [], None
+        for k, p in enumerate(maps[:-1]):
+            y, norm = self.linear(operands[-1], p)
+            y = y.squeeze(-2)
+            if k == 0:
+                first = self.hold(y)
+                y = self.round(y * inputs[..., 0, :])
+            else:
+                y = self.round(y + inputs[..., 1, :]).relu() if k == 1 else y.relu()
+            norms.append(norm)
+            operands.append(self.hold(y))
+        gates, norm = self.linear(operands[-1], maps[-1])
+        gates = gates + inputs if first is None else self.hold(gates)
+        (i, f, o), u = self._activate(gates, keep)
+        after = torch.addcmul(f * c, i, u)
+        h = self.hold(self.round(o * after.tanh()))
+        return h, Saved(tuple(operands), (*norms, norm), first, gates, c, after)
+
+    def _activate(self, gates: Tensor, keep: Tensor | None) -> tuple[Sequence[Tensor], Tensor]:
+        gates = gates.to(self.wide)
+        u = gates[..., 3, :]
+        return gates[..., :3, :].sigmoid().unbind(-2), (u if keep is None else u * keep).tanh()
+
+    def _step_back(
+        self, dh: Tensor, dc: Tensor, saved: Saved, inputs: Tensor, maps: tuple[Linear, ...], keep: Tensor | None
+    ) -> Gradients:
+        """The gradient of a timestep, from those of h and c after it."""
+        dx, dc = self._gates_back(dh, dc, saved, keep)
+        dy, dz = self.linear_back(dx, maps[-1], saved.norms[-1])
+        dys, dzs, dinputs = [dy], [dz], [dx]
+        for k in reversed(range(len(maps) - 1)):
+            dx = product(dz.flatten(-2), maps[k + 1].weight.mT)
+            if k == 0:
+                dinputs = [dx * saved.first, *dinputs]
+                dx = dx * inputs[..., 0, :]
+            else:
+                dx = dx * (saved.operands[k + 1] > 0)
+                dinputs = [dx]
+            dy, dz = self.linear_back(dx.unsqueeze(-2), maps[k], saved.norms[k])
+            dys, dzs = [dy, *dys], [dz, *dzs]
+        dh = product(dz.flatten(-2), maps[0].weight.mT)
+        return Gradients(dh, dc, torch.stack(dinputs, -2) if len(maps) > 1 else dx, tuple(dys), tuple(dzs))
+
+    def _gates_back(self, dh: Tensor, dc: Tensor, saved: Saved, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gradients of the gates' inputs and of c before the step."""
+        (i, f, o), u = self._activate(saved.gates, keep)
+        squashed = saved.after.tanh()
+        dc = dc + aten.tanh_backward(dh * o, squashed)
+        du = aten.tanh_backward(dc * i, u)
+        parts = (dc * u, i), (dc * saved.before, f), (dh * squashed, o)
+        gates = [aten.sigmoid_backward(grad, gate) for grad, gate in parts]
+        return torch.stack([*gates, du if keep is None else du * keep], -2), dc * f
+
+    def map_back(
+        self, x: Tensor, z: Tensor | None, dy: Tensor, dz: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gradients of a weight, its gain (None without layer norm, z = None) and its bias, from all rows of a chunk."""
+        weight = self.round_weight_grad(product(x.mT, dz.flatten(-2)))
+        dy = dy.to(self.wide)
+        bias = dy.sum(1, keepdim=True)
+        if z is None:
+            return weight, None, bias
+        normal = torch.native_layer_norm(z.to(self.wide), z.shape[-1:], None, None, EPS)[0]
+        return weight, (dy * normal).sum(1, keepdim=True), bias
+
+
+@lru_cache(maxsize=256)
+def make_cell(
+    roles: tuple[FloatFormat | None, ...], wide: torch.dtype, container: torch.dtype | None, device: str, fuse: bool
+) -> Cell:
+    """One cell for all layers of a kind, so that it is compiled once."""
+    return Cell(roles, wide, container or wide, device, fuse)
+
+
+class Chunk(torch.autograd.Function):
+    """T timesteps and their gradient. Not for `vmap`, forward mode or double backward: stack replicas instead."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, cell: Cell, x: Tensor, h: Tensor, c: Tensor, keep: Tensor | None, *parameters: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [R, T, N, in], h and c: [R, N, H] -> every h [R, T, N, H], and the last h and c."""
+        rows = x.shape[1:3]
+        maps = [cell.make_linear(*parameters[k : k + 3]) for k in range(0, len(parameters), 3)]
+        x = cell.hold(cell.round(x)).flatten(1, 2)
+        inputs, norm = cell.linear(x, maps[0])
+        inputs = cell.hold(inputs) if norm else inputs
+        steps = inputs.unflatten(1, rows).unbind(1)
+        h, hs, tape = cell.hold(cell.round(h)), [], []
+        for t, inputs_t in enumerate(steps):
+            h, saved = cell.step(h, c, inputs_t, tuple(maps[1:]), None if keep is None else keep[:, t])
+            c = saved.after
+            hs.append(h)
+            if any(ctx.needs_input_grad):
+                tape.append(saved)
+        ctx.cell, ctx.maps, ctx.keep, ctx.x, ctx.norm, ctx.steps, ctx.tape = cell, maps, keep, x, norm, steps, tape
+        return torch.stack(hs, 1).to(cell.wide), h.to(cell.wide, copy=True), c.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Back through the timesteps, then each linear map once."""
+        dhs, dh, dc = grads
+        cell, maps, back = ctx.cell, tuple(ctx.maps[1:]), []
+        for t in reversed(range(len(ctx.tape))):
+            keep = None if ctx.keep is None else ctx.keep[:, t]
+            step = cell.step_back(dh + dhs[:, t], dc, ctx.tape[t], ctx.steps[t], maps, keep)
+            dh, dc = step.h, step.c
+            back.insert(0, step)
+        dy = torch.stack([step.inputs for step in back], 1).flatten(1, 2)
+        dy, dz = cell.linear_back(dy, ctx.maps[0], ctx.norm)
+        dx = product(dz.flatten(-2), ctx.maps[0].weight.mT).unflatten(1, dhs.shape[1:3])
+        parameters = [*cell.map_back(ctx.x, ctx.norm and ctx.norm.z, dy, dz)]
+        for k in range(len(maps)):
+            x = _rows([saved.operands[k] for saved in ctx.tape])
+            z = _rows([saved.norms[k].z for saved in ctx.tape]) if ctx.norm else None
+            parameters += cell.map_back(x, z, _rows([step.y[k] for step in back]), _rows([step.z[k] for step in back]))
+        return None, dx, dh, dc, None, *parameters
+
+
+def _rows(steps: Sequence[Tensor]) -> Tensor:
+    """T tensors [R, N, ...] -> [R, T·N, ...]."""
+    return torch.stack(list(steps), 1).flatten(1, 2)
+
+
+class Recurrent(nn.Module):
+    """What both layers share. The linear map `name` has the parameters weight_name, gain_name and bias_name."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        maps: dict[str, tuple[int, int]],
+        *,
+        layer_norm: bool = True,
+        policy: Roles | None = None,
+        replicas: int | None = None,
+        dropout: float = 0.0,
+        container: torch.dtype | None = None,
+        compile: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        self.input_size, self.hidden_size, self.replicas = input_size, hidden_size, replicas
+        self.policy, self.container, self.compile_step = policy, container, compile
+        self.dropout, self.maps = dropout, tuple(maps)
+        _require_container(container, self._roles())
+        lead = () if replicas is None else (replicas,)
+        for name, (inputs, groups) in maps.items():
+            shapes = {"weight": (*lead, inputs, groups * hidden_size), "bias": (*lead, groups, hidden_size)}
+            shapes |= {"gain": shapes["bias"]} if layer_norm else {}
+            for kind, shape in shapes.items():
+                self.register_parameter(f"{kind}_{name}", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Weights: identity, tiled where not square. Gains: one. Biases: zero, but one for the forget gate."""
+        for name, p in self.named_parameters():
+            if name.startswith("weight"):
+                p.copy_(_tiled_identity(p))
+            else:
+                p.fill_(float(name.startswith("gain")))
+        self.get_parameter(f"bias_{self.maps[-1]}")[..., FORGET, :] = 1.0
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Run a chunk of T timesteps.
+
+        Args:
+            x: [T, N, input_size]; with replicas [R, T, N, input_size].
+            state: h and c, each [N, hidden_size], with replicas [R, N, hidden_size]; zeros by default.
+
+        Returns:
+            Every h [T, N, hidden_size] (with replicas [R, T, N, hidden_size]), and the state after the chunk; detach it to
+            carry it into the next one.
+
+        Raises:
+            ValueError: for other shapes.
+            TypeError: for another dtype than the parameters'.
+        """
+        self._check(x, *state or ())
+        x = x.unsqueeze(0) if self.replicas is None else x
+        shape = (x.shape[0], x.shape[2], self.hidden_size)
+        h, c = (part.reshape(shape) for part in state) if state else (x.new_zeros(shape), x.new_zeros(shape))
+        cell = make_cell(self._roles(), x.dtype, self.container, x.device.type, self.compile_step)
+        with torch.autocast(x.device.type, enabled=False):
+            hs, h, c = Chunk.apply(cell, x, h, c, self._keep(x), *self._flat())
+        return (hs, (h, c)) if self.replicas is not None else (hs[0], (h[0], c[0]))
+
+    def extra_repr(self) -> str:
+        options = {"replicas": self.replicas, "dropout": self.dropout or None, "policy": self.policy}
+        given = [f"{name}={value}" for name, value in options.items() if value is not None]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *given])
+
+    def _roles(self) -> tuple[FloatFormat | None, ...]:
+        p = self.policy
+        formats = (p.activation, p.weight, p.activation_grad, p.weight_grad) if p else (None,) * 4
+        return tuple(None if fmt is None else lookup(fmt) for fmt in formats)
+
+    def _flat(self) -> list[Tensor | None]:
+        """Every map's weight [R, in, G·H], gain and bias [R, 1, G, H]."""
+        flat: list[Tensor | None] = []
+        for name in self.maps:
+            for kind in ("weight", "gain", "bias"):
+                p = getattr(self, f"{kind}_{name}", None)
+                if p is not None:
+                    p = p.unsqueeze(0) if self.replicas is None else p
+                    p = p if kind == "weight" else p.unsqueeze(1)
+                flat.append(p)
+        return flat
+
+    def _keep(self, x: Tensor) -> Tensor | None:
+        """The scaled dropout mask of u: [R, T, N, H]."""
+        if not (self.training and self.dropout):
+            return None
+        return nn.functional.dropout(x.new_ones(*x.shape[:3], self.hidden_size), self.dropout)
+
+    def _check(self, x: Tensor, *state: Tensor) -> None:
+        lead = () if self.replicas is None else (self.replicas,)
+        axes = ("T", "N") if self.replicas is None else ("R", "T", "N")
+        if x.dim() != len(axes) + 1 or x.shape[: len(lead)] != lead or x.shape[-1] != self.input_size or not x.shape[-3]:
+            wanted = ", ".join((*axes, str(self.input_size)))
+            raise ValueError(f"x must be [{wanted}] with T > 0{self._where()}, got {list(x.shape)}")
+        dtype = self.get_parameter(f"weight_{self.maps[0]}").dtype
+        wanted_state = (*lead, x.shape[-2], self.hidden_size)
+        for name, part in zip("hc", state, strict=False):
+            if part.shape != wanted_state:
+                raise ValueError(f"{name} must be {list(wanted_state)}, got {list(part.shape)}")
+        for name, part in zip(("x", "h", "c"), (x, *state), strict=False):
+            if part.dtype != dtype:
+                raise TypeError(f"{name} must be {dtype} like the parameters, got {part.dtype}")
+
+    def _where(self) -> str:
+        return "" if self.replicas is None else f" and R = {self.replicas}"
+
+
+def _tiled_identity(like: Tensor) -> Tensor:
+    rows, columns = like.shape[-2:]
+    i, j = torch.arange(rows, device=like.device), torch.arange(columns, device=like.device)
+    return (i[:, None] == j % rows).to(like.dtype)
+
+
+def _require_container(container: torch.dtype | None, roles: tuple[FloatFormat | None, ...]) -> None:
+    """A container must hold what is stored in it: activations, weights and gradients of activations."""
+    if container is None:
+        return
+    for name, fmt in zip(("activation", "weight", "activation_grad"), roles, strict=False):
+        if fmt is None:
+            raise ValueError(f"container={container} stores rounded values: the policy must give {name} a format")
+        quantize(torch.empty(0, dtype=container), fmt)
+
+
+class LSTM(Recurrent):
+    """A long short-term memory layer.
+
+    i, f, o, u = V h + W x (+ biases); c' = σ(f) c + σ(i) tanh(u); h' = σ(o) tanh(c').
+
+    With `layer_norm`, each gate's V h and W x have their own layer norm, with gain and bias. Initially weights are the
+    identity, tiled where not square, and the forget gate's bias is 1, once.
+
+    Args:
+        input_size, hidden_size: features of x and h.
+        layer_norm: whether linear maps are normalised.
+        policy: the format of each role. Operands (x, h, the weights), and with layer norm its inputs and outputs, are
+            rounded to `activation` or `weight`; their gradients to `activation_grad`; a weight's gradient, once formed for
+            the chunk, to `weight_grad`: to nearest, ties to even, saturating. c, the statistics of layer norms, gains,
+            biases and the parameters themselves keep full precision.
+        replicas: R independent layers, stacked; None for one without the leading dimension.
+        dropout: probability of dropping elements of u, in training.
+        container: the dtype that operands and stored values take, which must hold their formats: bfloat16 runs products at
+            its full rate, with float32 sums. None: the dtype of x.
+        compile: whether a timestep and its gradient run under `torch.compile`.
+
+    Shapes: x [T, N, input_size] -> [T, N, hidden_size], as `torch.nn.LSTM` without layers.
+
+    Source: Hochreiter and Schmidhuber 1997; Ba, Kiros and Hinton 2016 for layer norm.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, layer_norm: bool = False, **options: Any) -> None:
+        _require_counts(input_size=input_size, hidden_size=hidden_size, replicas=options.get("replicas") or 1)
+        maps = {"input": (input_size, 4), "hidden": (hidden_size, 4)}
+        super().__init__(input_size, hidden_size, maps, layer_norm=layer_norm, **options)
+
+
+class MLSTM(Recurrent):
+    """A multiplicative LSTM with K internal steps, layer norm after every linear map.
+
+        m = LN_m(W_m x), a = LN_a(W_a x)                                  precomputed for the chunk
+        z_0 = LN_0(W_0 h) m;  z_1 = relu(LN_1(W_1 z_0) + a);  z_k = relu(LN_k(W_k z_k-1)) for k = 2 .. K-1
+        i, f, o, u = LN_g(V_g z_K-1), four norms;  c' = σ(f) c + σ(i) tanh(u);  h' = σ(o) tanh(c')
+
+    The input enters at m and a alone. Each LN has a gain and a bias, and eps 1e-6. Initially weights are the identity,
+    tiled for W_m and W_a, and the forget gate's bias is 1, once.
+
+    Args:
+        input_size, hidden_size: features of x and h.
+        steps: internal steps K, at least 2.
+        policy, replicas, dropout, container, compile: as for `LSTM`, which says what is rounded.
+
+    Shapes: x [T, N, input_size] -> [T, N, hidden_size]; with replicas, R leads everywhere.
+
+    Source: the 2017 slides "Small World Network Architectures"; Krause et al. 2016 for the multiplicative LSTM.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, steps: int = 5, **options: Any) -> None:
+        _require_counts(input_size=input_size, hidden_size=hidden_size, replicas=options.get("replicas") or 1)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+            raise ValueError(f"steps must be an int of at least 2, for the product with m and the sum with a, got {steps!r}")
+        self.steps = steps
+        maps = {"input": (input_size, 2), **{f"step{k}": (hidden_size, 1) for k in range(steps)}}
+        super().__init__(input_size, hidden_size, maps | {"gates": (hidden_size, 4)}, **options)
+
+
+def _require_counts(**counts: object) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive int, got {value!r}")

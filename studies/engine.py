@@ -1,0 +1,151 @@
+"""Runs the parts of a study side by side, each in a process of its own, shows how far they are, and stops cleanly.
+
+A part is a function that leaves its results in a folder and goes on from there when it is run again. The parent only
+watches the metrics that the parts append; a part whose parent is gone ends at once, as by a kill.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from lowprec.studies import record
+
+POLL_SECONDS = 0.25
+
+Stop = Callable[[], bool]
+"""Whether to save and return as soon as possible."""
+
+
+class Part(NamedTuple):
+    """One part of a study.
+
+    work: called with the folder and a `Stop`; to be pickled. It leaves `result.json` in the folder when it is done.
+    total: updates that it makes; each line of its metrics says how many it has made, its bits per character, its speed.
+    """
+
+    name: str
+    folder: Path
+    total: int
+    work: Callable[[Path, Stop], None]
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    def last(self) -> record.Json:
+        """The latest line of metrics."""
+        return (record.lines(self.folder / "metrics.jsonl") or [{"update": 0}])[-1]
+
+
+def run(parts: Sequence[Part], workers: int, minutes: float, console: Console) -> None:
+    """Run what is not done yet.
+
+    Args:
+        parts: in the order to begin them.
+        workers: processes at a time.
+        minutes: after which everything saves and stops; 0 for no limit.
+        console: where the progress is shown.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once everything is saved.
+        ChildProcessError: when a process was killed.
+        OSError, ValueError: what a part raised, once the others are saved.
+    """
+    deadline = time.monotonic() + minutes * 60 if minutes else float("inf")
+    context = get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(stop, os.getpid()))
+    futures = [pool.submit(_work, part) for part in parts if not part.done]
+    try:
+        with _shown(parts, console) as show:
+            _watch(futures, stop, deadline, show)
+    except BrokenProcessPool:
+        raise ChildProcessError("a process of the study was killed (out of memory, perhaps)") from None
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _watch(futures: list[Future[None]], stop: Event, deadline: float, show: Callable[[], None]) -> None:
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
+        show()
+        for future in done:
+            future.result()
+        if time.monotonic() > deadline:
+            stop.set()
+
+
+# In the processes.
+
+_stop: Event | None = None
+
+
+def _enter(stop: Event, parent: int) -> None:
+    global _stop
+    _stop = stop
+    signal(SIGINT, SIG_IGN)  # the parent has it too, and says when to stop
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)
+
+
+def _work(part: Part) -> None:
+    assert _stop is not None
+    if _stop.is_set():
+        return
+    part.folder.mkdir(parents=True, exist_ok=True)
+    with record.locked(part.folder):
+        part.work(part.folder, _stop.is_set)
+
+
+# On the screen.
+
+
+@contextmanager
+def _shown(parts: Sequence[Part], console: Console) -> Iterator[Callable[[], None]]:
+    """A line for each part; the function brings them up to date."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as progress:
+        tasks = {part.name: progress.add_task(part.name, total=part.total, start=False, state="") for part in parts}
+
+        def show() -> None:
+            for part in parts:
+                _show(progress, tasks[part.name], part)
+
+        show()
+        yield show
+        show()
+
+
+def _show(progress: Progress, task: TaskID, part: Part) -> None:
+    line = part.last()
+    if line["update"] and not progress.tasks[task].started:
+        progress.start_task(task)
+    state = f"{line['bpc']:.3f} bpc  {line['speed']:,.0f} char/s" if "bpc" in line else ""
+    progress.update(task, completed=line["update"], state=state)
