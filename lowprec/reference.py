@@ -208,7 +208,8 @@ def table(fmt: FloatFormat, rounding: Rounding, negative: bool) -> Table:
         ]
         # The result changes at the lower neighbour (any rest goes up), at the midpoint, or only at the upper neighbour.
         threshold = low if goes_up[0] else middle if goes_up[2] else high
-        thresholds.append(float(threshold))
+        # The value past the largest may be 2^1024, which no float64 reaches.
+        thresholds.append(float(threshold) if threshold < 2**1024 else math.inf)
         inclusive.append(not goes_up[0] and (goes_up[1] or not goes_up[2]))
     return Table(codes, np.array(thresholds), np.array(inclusive))
 
