@@ -137,7 +137,8 @@ def _show_format(console: Console, name: str, fmt: FloatFormat, everything: bool
 
     console.rule(f"[bold]{name}", align="left")
     console.print(tables.properties(name, fmt))
-    for line in (*ruler.near_zero(fmt, console.width), *ruler.whole_range(fmt, console.width)):
+    width = max(console.width, 40)
+    for line in (*ruler.near_zero(fmt, width), *ruler.whole_range(fmt, width)):
         console.print(line)
     console.print(tables.codes(fmt) if fmt.bits <= 8 else tables.binades(fmt, everything))
 

@@ -195,7 +195,7 @@ def _value(fmt: FloatFormat, code: int, sign: str) -> tuple[str, str]:
 def binades(fmt: FloatFormat, everything: bool = False) -> Table:
     """A format too large to list, summed up by binade; the middle ones are left out unless `everything`."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    for header in ("from", "to", "values", "spacing", "codes (s = 0)"):
+    for header in ("from", "below", "values", "spacing", "codes (s = 0)"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("kind", no_wrap=True)
     rows = list(_binades(fmt))
@@ -219,7 +219,7 @@ def _binades(fmt: FloatFormat) -> Iterator[tuple[str, ...]]:
         if start or (fmt.subnormals and fmt.mbits):
             yield (
                 product(fmt.magnitude(first)),
-                product(fmt.magnitude(last)),
+                product(math.ldexp(1.0, exponent - fmt.bias + (start > 0))),
                 f"{last - first + 1:,}",
                 product(math.ldexp(1.0, exponent - fmt.bias - fmt.mbits)),
                 f"{_hex(fmt, first)} .. {_hex(fmt, last)}",
