@@ -249,9 +249,16 @@ def _check_split(ebits: int, mbits: int, specials: str, subnormals: bool) -> Non
         raise ValueError(f"{name} with specials={specials!r} and subnormals={subnormals} has no finite nonzero value")
 
 
+def _integer(text: str) -> int:
+    """Decimal digits and a sign; `int` alone would also take spaces, underscores and other alphabets' digits."""
+    if not re.fullmatch(r"[+-]?\d+", text, re.ASCII):
+        raise ValueError(text)
+    return int(text)
+
+
 _OPTIONS: dict[str, Callable[[str], Any]] = {
-    "bias": int,
-    "emax": int,
+    "bias": _integer,
+    "emax": _integer,
     "specials": str,
     "subnormals": {"on": True, "off": False}.__getitem__,
 }
