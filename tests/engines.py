@@ -58,7 +58,7 @@ class Engine:
         rest = (saturate, torch.tensor(seed), torch.tensor(offset), random_bits)
         x = x.to(self.device)
         if self.registered:
-            result: Tensor = getattr(_ops, name)(x, fmt.fields, rounding.index, *rest)
+            result: Tensor = getattr(_ops, name)(x, fmt.fields, rounding.number, *rest)
         else:
             result = getattr(eager, name)(x, fmt, rounding, *rest)
         return result.cpu()
