@@ -241,5 +241,5 @@ def advice(facts: dict[str, Any]) -> Iterator[str]:
 
 BUILD = (
     "To compile: `make build` in a checkout, or reinstall with `pip install --no-build-isolation` beside torch, "
-    "scikit-build-core and a C++ compiler (and nvcc, for CUDA)."
+    "scikit-build-core, CMake and a C++ compiler (and nvcc, for CUDA)."
 )
