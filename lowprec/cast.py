@@ -166,7 +166,17 @@ class Quantize(torch.autograd.Function):
         return _ops.batch(DualQuantize.apply, info, in_dims, args)
 
 
-class DualQuantize(Quantize):
+class QuickApply(torch.autograd.Function):
+    """`apply` without the binding of default arguments, which takes longer than a small cast."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+class DualQuantize(QuickApply, Quantize):
     """`Quantize` in forward mode too, which `torch.compile` refuses to trace."""
 
     @staticmethod

@@ -36,7 +36,7 @@ class Rounding(StrEnum):
     @property
     def number(self) -> int:
         """The mode's place in the order above."""
-        return list(Rounding).index(self)
+        return _NUMBERS[self]
 
     @classmethod
     def of(cls, value: Rounding | str) -> Rounding:
@@ -45,6 +45,9 @@ class Rounding(StrEnum):
             return cls(value)
         except ValueError:
             raise ValueError(f"rounding must be one of {', '.join(cls)}, got {value!r}") from None
+
+
+_NUMBERS = {mode: number for number, mode in enumerate(Rounding)}
 
 
 class Rest(NamedTuple):
