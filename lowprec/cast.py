@@ -316,7 +316,7 @@ def _write(op: Callable[..., None], x: Tensor, args: tuple[Any, ...], out: Tenso
 
 def _require_apart(x: Tensor, out: Tensor) -> None:
     """ValueError where writing one element of `out` would change another one, or an element of x not yet read."""
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+    if out.numel() and any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
         raise ValueError("out must not be expanded: several of its elements share one place in memory")
     same = x.data_ptr() == out.data_ptr() and x.stride() == out.stride() and x.dtype == out.dtype
     first, last = _span(x)
