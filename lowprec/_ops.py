@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,17 @@ def format_of(fields: tuple[int, ...]) -> FloatFormat:
 
 
 Kernel = Callable[..., Any]
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+def constant(function: AnyFunction) -> AnyFunction:
+    """Mark a function whose result `torch.compile` may take as a constant for each set of arguments.
+
+    The public `torch.compiler.assume_constant_result` does the same and imports the whole compiler for it, which
+    doubles the time that `import lowprec` takes.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def _define(schema: str, kernel: Kernel, fake: Kernel, *, batched: bool = True, tags: Any = ()) -> None:

@@ -195,7 +195,7 @@ def _fields(fmt: FormatLike, dtype: torch.dtype | None = None) -> list[int]:
     return [int(field) for field in _describe(spec, dtype).split()]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_ops.constant
 def _describe(spec: str | torch.dtype, dtype: torch.dtype | None) -> str:
     return _cached_fields(lookup(spec), dtype)
 
