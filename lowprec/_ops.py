@@ -1,7 +1,7 @@
 """Registered operators: schemas, fake kernels, batching rules, and the compiled libraries that override them.
 
 Each op is defined here with the eager twin as its kernel for every device. Loading a compiled library replaces that
-kernel on its device; the package computes the same bits without any. This is the only file that names `torch.ops.lowprec`.
+kernel on its device; the package computes the same bits without any. Only this file names `torch.ops.lowprec`.
 """
 
 from __future__ import annotations
