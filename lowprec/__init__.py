@@ -6,8 +6,22 @@ for any model. This page is the public API.
 
 from lowprec.cast import decode, encode, quantize
 from lowprec.formats import FloatFormat, format
+from lowprec.policy import Policy, recipes
 from lowprec.rounding import Rounding
+from lowprec.wrap import report, unwrap, wrap
 
 __version__ = "0.1.0"
 
-__all__ = ["FloatFormat", "Rounding", "decode", "encode", "format", "quantize"]
+__all__ = [
+    "FloatFormat",
+    "Policy",
+    "Rounding",
+    "decode",
+    "encode",
+    "format",
+    "quantize",
+    "recipes",
+    "report",
+    "unwrap",
+    "wrap",
+]

@@ -1,0 +1,163 @@
+"""Policies: which format each role of a product takes, and where in a model another policy takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from lowprec.cast import FormatLike
+from lowprec.formats import FloatFormat, format
+
+ROLES = ("activation", "weight", "activation_grad", "weight_grad")
+"""The four roles of a product y = a · b, in the order that counters know them by."""
+
+
+class Formats(NamedTuple):
+    """The format of each role as its canonical string, None for full precision: what traced code may read."""
+
+    activation: str | None
+    weight: str | None
+    activation_grad: str | None
+    weight_grad: str | None
+
+
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class Policy:
+    """A format, or None for full precision, for each role of every product y = a · b (+ bias) in a model.
+
+    Frozen, hashable and picklable; equal by value, the order of `overrides` included.
+
+    Args:
+        activation: operands that are not learnt.
+        weight: the weight of linear, convolution and embedding, or any parameter or view of one.
+        activation_grad: the gradient dY, rounded once, as the operand of both backward products.
+        weight_grad: dW once formed, and the bias gradient, which sums the rounded dY.
+        overrides: other policies for parts of the model: patterns (fnmatch) on module paths, each with a policy, the
+            name of a recipe, or None for full precision. The first pattern that matches a module, or one above it,
+            replaces the whole policy there. `layer.*` covers `layer` itself too.
+
+    Raises:
+        ValueError: for an unknown format or recipe, or overrides inside an override.
+        TypeError: for arguments of a wrong type.
+    """
+
+    activation: FloatFormat | None
+    weight: FloatFormat | None
+    activation_grad: FloatFormat | None
+    weight_grad: FloatFormat | None
+    overrides: Mapping[str, Policy | None]
+
+    def __init__(
+        self,
+        activation: FormatLike | None = None,
+        weight: FormatLike | None = None,
+        activation_grad: FormatLike | None = None,
+        weight_grad: FormatLike | None = None,
+        overrides: Mapping[str, Policy | str | None] = MappingProxyType({}),
+    ) -> None:
+        given = (activation, weight, activation_grad, weight_grad)
+        for name, value in zip(ROLES, given, strict=True):
+            object.__setattr__(self, name, _role(name, value))
+        object.__setattr__(self, "overrides", MappingProxyType(dict(_overrides(overrides))))
+
+    @staticmethod
+    def recipe(name: str) -> Policy:
+        """A ready policy by its name in `lowprec.recipes`; ValueError lists the names."""
+        if name not in recipes:
+            raise ValueError(f"recipe must be one of {', '.join(recipes)}, got {name!r}")
+        return recipes[name]
+
+    @property
+    def formats(self) -> Formats:
+        """The four roles as strings."""
+        return Formats(*(None if value is None else str(value) for value in self._roles))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every role is in full precision, overrides apart."""
+        return not any(self._roles)
+
+    def for_module(self, path: str) -> Policy | None:
+        """The policy in force in the module at a path: the first override that covers it, else this one."""
+        pattern = self.pattern_for(path)
+        return self if pattern is None else self.overrides[pattern]
+
+    def pattern_for(self, path: str) -> str | None:
+        """The first pattern of the overrides that matches a module's path or one above it."""
+        return next((pattern for pattern in self.overrides if matches(pattern, path)), None)
+
+    @property
+    def _roles(self) -> tuple[FloatFormat | None, ...]:
+        return self.activation, self.weight, self.activation_grad, self.weight_grad
+
+    def _key(self) -> tuple[Any, ...]:
+        return *self._roles, *self.overrides.items()
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Policy) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        named = [f"{name}={str(value)!r}" for name, value in zip(ROLES, self._roles, strict=True) if value is not None]
+        return f"Policy({', '.join([*named, *([f'overrides={dict(self.overrides)}'] if self.overrides else [])])})"
+
+    def __reduce__(self) -> tuple[type[Policy], tuple[Any, ...]]:
+        return Policy, (*self._roles, dict(self.overrides))
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether an override's pattern covers a module's path: it matches the path itself or that of a module above."""
+    stem = pattern.removesuffix(".*")
+    return any(fnmatchcase(above, pattern) or fnmatchcase(above, stem) for above in and_above(path))
+
+
+def and_above(path: str) -> Iterator[str]:
+    """A module's path and those of the modules around it, the model's own "" included."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield path
+
+
+def as_policy(name: str, value: object) -> Policy:
+    """A policy, given as one or as the name of a recipe."""
+    if isinstance(value, str):
+        return Policy.recipe(value)
+    if not isinstance(value, Policy):
+        raise TypeError(f"{name} must be a Policy or the name of a recipe, got {type(value).__name__}")
+    return value
+
+
+def _role(name: str, value: FormatLike | None) -> FloatFormat | None:
+    try:
+        return None if value is None else format(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _overrides(given: Mapping[str, Policy | str | None]) -> Iterator[tuple[str, Policy | None]]:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"overrides must be a mapping from patterns to policies, got {type(given).__name__}")
+    for pattern, value in given.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"a pattern of overrides must be a string, got {pattern!r}")
+        policy = None if value is None else as_policy(f"overrides[{pattern!r}]", value)
+        if policy is not None and policy.overrides:
+            raise ValueError(f"overrides[{pattern!r}] has overrides of its own: give them to the outer policy")
+        yield pattern, policy
+
+
+recipes: Mapping[str, Policy] = MappingProxyType(
+    {
+        "bf16": Policy("bf16", "bf16", "bf16", "bf16"),
+        "fp8": Policy("1-4-3:emax=8", "1-4-3:emax=8", "1-5-2:emax=1", "1-5-2:emax=1"),
+        "fp8-forward": Policy("1-4-3:emax=8", "1-4-3:emax=8"),
+    }
+)
+"""Ready policies by name. "bf16": every role, overflowing to infinity. "fp8": 1-4-3 forward up to 2^8, 1-5-2 gradients
+up to 2^1, saturating. "fp8-forward": the same forward, with a backward pass in full precision."""

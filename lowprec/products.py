@@ -1,0 +1,173 @@
+"""Products with their operands and gradients rounded: matrix products, linear maps, convolutions and embeddings.
+
+A handler takes the roles of the call, torch's own function and that function's arguments. It calls that function on
+rounded operands and rounds the gradient of what comes out. To cover another function, add a row to `HANDLERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowprec.roles import Roles, is_learnt
+
+Handler = Callable[..., Any]
+
+
+def product(roles: Roles, function: Handler, *args: Any, **kwargs: Any) -> Tensor:
+    """A product of all the floating-point tensors among the arguments, wherever they stand.
+
+    With `out=` torch's own rules hold: no gradient may be asked for.
+    """
+    operands = {name: value for name, value in kwargs.items() if name != "out"}
+    kwargs |= map_tensors(roles.operand, operands)
+    return roles.result(function(*map_tensors(roles.operand, args), **kwargs))
+
+
+def added(op: Callable[[Tensor, Tensor], Tensor]) -> Handler:
+    """The handler of alpha · (a op b) + beta · input.
+
+    A learnt input is a bias: its gradient sums the rounded dY, and is rounded. Any other is a term added in full
+    precision to a finished product, so that the gradient of a residual is not rounded.
+    """
+
+    def handler(
+        roles: Roles,
+        function: Handler,
+        input: Tensor,
+        a: Tensor,
+        b: Tensor,
+        *,
+        beta: float = 1,
+        alpha: float = 1,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        y = op(roles.operand(a), roles.operand(b))
+        y = y if alpha == 1 else y * alpha
+        if beta == 0:  # torch then ignores the input, NaN and all
+            return torch.mul(roles.result(y), 1, out=out)
+        if not is_learnt(input):
+            return torch.add(roles.result(y), input, alpha=beta, out=out)
+        return roles.result(torch.add(y, roles.learnt(input).to(y.dtype), alpha=beta, out=out))
+
+    return handler
+
+
+def added_in_place(op: Callable[[Tensor, Tensor], Tensor]) -> Handler:
+    """The handler of the same, written into the input."""
+    handler = added(op)
+
+    def write(roles: Roles, function: Handler, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return input.copy_(handler(roles, function, input, *args, **kwargs))
+
+    return write
+
+
+def _addbmm(a: Tensor, b: Tensor) -> Tensor:
+    """The sum over the batch of its matrix products."""
+    return torch.addbmm(a.new_zeros(()), a, b, beta=0)
+
+
+def linear(roles: Roles, function: Handler, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Input · weightᵀ + bias, as `F.linear`."""
+    return roles.result(function(roles.operand(input), roles.weight(weight)), bias)
+
+
+def bilinear(
+    roles: Roles, function: Handler, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """input1ᵀ · weight · input2 + bias, as `F.bilinear`: one product of three operands."""
+    return roles.result(function(roles.operand(input1), roles.operand(input2), roles.weight(weight)), bias)
+
+
+def convolution(
+    roles: Roles,
+    function: Handler,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """A convolution of torch's, in any number of dimensions, transposed or not."""
+    y = function(roles.operand(input), roles.weight(weight), None, *args, **kwargs)
+    if bias is None:
+        return roles.result(y)
+    y = y + roles.learnt(bias).to(y.dtype).view(-1, *[1] * (weight.dim() - 2))
+    return roles.result(y)
+
+
+def embedding(roles: Roles, function: Handler, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The rows of a rounded table; only rows that are looked up get rounded, which gives the same bits."""
+    rows = function(input, roles.learnt(weight), *args, **kwargs)
+    return roles.rows(rows)
+
+
+def embedding_bag(roles: Roles, function: Handler, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Sums, means or maxima of the rows of a rounded table; weights of samples are activations."""
+    if kwargs.get("per_sample_weights") is not None:
+        kwargs["per_sample_weights"] = roles.operand(kwargs["per_sample_weights"])
+    return roles.result(function(input, roles.weight(weight), *args, **kwargs))
+
+
+def tensors(*trees: Any) -> Iterator[Tensor]:
+    """Every floating-point or complex tensor in nested arguments."""
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            if tree.is_floating_point() or tree.is_complex():
+                yield tree
+        elif isinstance(tree, (list, tuple)):
+            yield from tensors(*tree)
+        elif isinstance(tree, dict):
+            yield from tensors(*tree.values())
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Nested arguments with a function applied to every tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, item) for key, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        items = [map_tensors(function, item) for item in tree]
+        return items if isinstance(tree, list) else tuple(items)
+    return tree
+
+
+def _both(name: str) -> list[Handler]:
+    """A function of torch and the method of that name, where this torch has them."""
+    return [getattr(place, name) for place in (torch, Tensor) if hasattr(place, name)]
+
+
+_MATRIX = ("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "outer", "ger", "kron", "chain_matmul")
+_ADDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "addmm": torch.mm,
+    "addmv": torch.mv,
+    "addr": torch.outer,
+    "baddbmm": torch.bmm,
+    "addbmm": _addbmm,
+}
+_LINALG = ("matmul", "multi_dot", "vecdot")
+_CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
+
+HANDLERS: dict[Handler, tuple[str, Handler]] = {
+    F.linear: ("linear", linear),
+    F.bilinear: ("bilinear", bilinear),
+    F.embedding: ("embedding", embedding),
+    F.embedding_bag: ("embedding_bag", embedding_bag),
+    torch.convolution: ("convolution", convolution),
+    torch.einsum: ("einsum", product),
+    torch.tensordot: ("tensordot", product),
+    Tensor.__matmul__: ("matmul", product),
+    Tensor.__rmatmul__: ("matmul", product),
+}
+HANDLERS |= {function: (name, product) for name in _MATRIX for function in _both(name)}
+HANDLERS |= {getattr(torch.linalg, name): (name, product) for name in _LINALG}
+HANDLERS |= {getattr(F, name): (name, convolution) for name in _CONVOLUTIONS}
+HANDLERS |= {function: (name, added(op)) for name, op in _ADDED.items() for function in _both(name)}
+HANDLERS |= {getattr(Tensor, f"{name}_"): (name, added_in_place(op)) for name, op in _ADDED.items()}
+"""What is covered here: torch's function, the name that a report gives it, and its handler."""

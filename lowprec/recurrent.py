@@ -1,0 +1,189 @@
+"""Recurrent networks: the hidden state is rounded at every step as the operand of its product; c never is.
+
+Torch's own kernels keep the state to themselves, so each layer is a loop over its steps here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowprec.products import Handler
+from lowprec.roles import Roles
+
+State = tuple[Tensor, ...]
+"""(h, c) of an LSTM, (h,) of the others; [N, features] each."""
+
+
+class Layer:
+    """One layer in one direction, its weights rounded once for all steps.
+
+    Args:
+        roles: of the whole call.
+        weights: w_ih [gates, inputs], w_hh [gates, features] and, for an LSTM with projections, w_hr.
+        biases: b_ih and b_hh, [gates] each, or neither.
+    """
+
+    def __init__(self, roles: Roles, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+        self.roles = roles
+        self.w_ih, self.w_hh, *self.projection = [roles.weight(w) for w in weights]
+        self.biases = [roles.learnt(b) for b in biases]
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The product with rounded inputs, for all steps at once: [..., inputs] -> [..., gates]."""
+        return _plus(F.linear(x, self.w_ih), self.biases)
+
+    def hidden(self, h: Tensor) -> Tensor:
+        """The product with the hidden state: [N, features] -> [N, gates]."""
+        return F.linear(self.roles.activation(h), self.w_hh)
+
+    def step(self, x: Tensor, state: State) -> State:
+        """The state after a step, from that step's `inputs` and the state before."""
+        raise TypeError(f"{type(self).__name__} has no step")
+
+
+class LSTM(Layer):
+    """The gates i, f, g, o; their gradient is rounded once and serves both products."""
+
+    def step(self, x: Tensor, state: State) -> State:
+        h, c = state
+        i, f, g, o = self.roles.result(x + self.hidden(h)).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        for w_hr in self.projection:
+            h = self.roles.result(F.linear(self.roles.activation(h), w_hr))
+        return h, c
+
+
+class GRU(Layer):
+    """The gates r, z, n. The reset gate scales the state's product, so the two products have each its own gradient."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return self.roles.result(_plus(F.linear(x, self.w_ih), self.biases[:1]))
+
+    def step(self, x: Tensor, state: State) -> State:
+        (h,) = state
+        hidden = self.roles.result(_plus(self.hidden(h), self.biases[1:]))
+        (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, -1), hidden.chunk(3, -1)
+        z = (x_z + h_z).sigmoid()
+        n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
+        return (n + z * (h - n),)
+
+
+class Tanh(Layer):
+    """A plain recurrent layer."""
+
+    def step(self, x: Tensor, state: State) -> State:
+        return (self.roles.result(x + self.hidden(state[0])).tanh(),)
+
+
+class Relu(Layer):
+    """A plain recurrent layer with rectified units."""
+
+    def step(self, x: Tensor, state: State) -> State:
+        return (self.roles.result(x + self.hidden(state[0])).relu(),)
+
+
+def _plus(y: Tensor, biases: Sequence[Tensor]) -> Tensor:
+    return y + sum(b.to(y.dtype) for b in biases) if biases else y
+
+
+def network(kind: type[Layer]) -> Handler:
+    """The handler of torch's function for layers of a kind, of padded or of packed sequences."""
+
+    def handler(roles: Roles, function: Handler, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        sizes = None
+        if not isinstance(args[2], bool):  # packed: the sizes of the batch at each step come first
+            sizes, args = args[0].tolist(), args[1:]
+        hx, params, has_biases, layers, dropout, train, bidirectional, *batch_first = args
+        across = bool(batch_first) and batch_first[0]
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        groups = _groups(roles, kind, params, has_biases, layers * (1 + bidirectional))
+        y, states = _run(
+            roles, groups, input.transpose(0, 1) if across else input, sizes, states, 1 + bidirectional, dropout * train
+        )
+        return (y.transpose(0, 1) if across else y, *states)
+
+    return handler
+
+
+def cell(kind: type[Layer]) -> Handler:
+    """The handler of torch's function for one step of a kind of layer."""
+
+    def handler(
+        roles: Roles, function: Handler, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None
+    ) -> Tensor | State:
+        layer = kind(roles, (w_ih, w_hh), [b for b in biases if b is not None])
+        state = layer.step(layer.inputs(roles.operand(input)), (hx,) if isinstance(hx, Tensor) else tuple(hx))
+        return state[0] if isinstance(hx, Tensor) else state
+
+    return handler
+
+
+def _groups(roles: Roles, kind: type[Layer], params: Sequence[Tensor], biases: bool, count: int) -> list[Layer]:
+    """The layers of torch's flat list: w_ih, w_hh, then b_ih, b_hh if there are biases, then w_hr if projected."""
+    size = len(params) // count
+    groups = [params[k * size : (k + 1) * size] for k in range(count)]
+    return [kind(roles, [*g[:2], *g[4 if biases else 2 :]], g[2:4] if biases else ()) for g in groups]
+
+
+def _run(
+    roles: Roles,
+    layers: list[Layer],
+    x: Tensor,
+    sizes: list[int] | None,
+    states: State,
+    directions: int,
+    dropout: float,
+) -> tuple[Tensor, State]:
+    """All layers over [T, N, inputs], or packed [sum of sizes, inputs]: the last one's output and every final state."""
+    finals = []
+    for first in range(0, len(layers), directions):
+        x = F.dropout(x, dropout) if first and dropout else x
+        x, outputs = roles.operand(x), []
+        for k in range(first, first + directions):
+            inputs = layers[k].inputs(x)
+            steps = inputs.unbind(0) if sizes is None else torch.split(inputs, sizes)
+            ys, final = _scan(layers[k].step, steps, tuple(state[k] for state in states), k > first)
+            outputs.append(torch.stack(ys) if sizes is None else torch.cat(ys))
+            finals.append(final)
+        x = torch.cat(outputs, -1) if directions > 1 else outputs[0]
+    return x, tuple(torch.stack(final) for final in zip(*finals, strict=True))
+
+
+def _scan(
+    step: Callable[[Tensor, State], State], inputs: Sequence[Tensor], initial: State, backwards: bool
+) -> tuple[list[Tensor], State]:
+    """Outputs in the inputs' order, and the final state. Sequences are sorted by length: the last rows are shortest.
+
+    Forwards, sequences end as the batch shrinks; backwards, they begin as it grows.
+    """
+    order = list(reversed(inputs)) if backwards else list(inputs)
+    state = tuple(s[: order[0].size(0)] for s in initial)
+    outputs, ended = [], []
+    for x in order:
+        now, before = x.size(0), state[0].size(0)
+        if now < before:
+            ended.append(tuple(s[now:] for s in state))
+            state = tuple(s[:now] for s in state)
+        elif now > before:
+            state = tuple(torch.cat([s, s0[before:now]]) for s, s0 in zip(state, initial, strict=True))
+        state = step(x, state)
+        outputs.append(state[0])
+    final = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True)) if ended else state
+    return outputs[::-1] if backwards else outputs, final
+
+
+_KINDS: dict[str, type[Layer]] = {"lstm": LSTM, "gru": GRU, "rnn_tanh": Tanh, "rnn_relu": Relu}
+
+HANDLERS: dict[Handler, tuple[str, Handler]] = {
+    getattr(torch, name): (name.partition("_")[0], network(kind)) for name, kind in _KINDS.items()
+}
+HANDLERS |= {
+    getattr(torch, f"{name}_cell"): (f"{name.partition('_')[0]}_cell", cell(kind)) for name, kind in _KINDS.items()
+}
+"""What is covered here: torch's function, the name that a report gives it, and its handler."""

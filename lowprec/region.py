@@ -1,0 +1,158 @@
+"""A region: the stretch of a forward pass in which one policy holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lowprec.coverage import HANDLERS, KINDS, is_unfit, missed
+from lowprec.policy import Formats
+from lowprec.products import tensors
+from lowprec.roles import COUNTERS, Roles
+
+Function = Callable[..., Any]
+
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+
+class Region(TorchFunctionMode):
+    """Sees every torch function called in the forward of one module, and hands the products to their handlers.
+
+    At most one region is on torch's stack of modes at a time: a module inside another replaces its region.
+
+    Args:
+        path: of the module.
+        formats: of each role.
+        strict: whether an op that is not covered raises ValueError; otherwise it is remembered for the report.
+        device: where to count at first; the counters follow the operands.
+    """
+
+    def __init__(self, path: str, formats: Formats, strict: bool, device: torch.device) -> None:
+        super().__init__()
+        self.path = path
+        self.formats = formats
+        self.strict = strict
+        self.missed: tuple[str, ...] = ()
+        self._keep(torch.zeros(len(KINDS), *COUNTERS, dtype=torch.int64, device=device))
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in HANDLERS:
+            return self._product(func, args, kwargs)
+        if func is torch.utils.checkpoint.checkpoint:  # only the compiler lets a mode see this one
+            return func(carried(args[0], self), *args[1:], **kwargs)
+        name = missed(func, args, kwargs)
+        if name is not None:
+            self.miss(name)
+        return func(*args, **kwargs)
+
+    def _product(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind, fewest, handler = HANDLERS[func]
+        operands = list(tensors(args, kwargs))
+        if len(operands) < fewest:  # of integers, or an einsum that only moves or sums
+            return func(*args, **kwargs)
+        for x in operands:
+            if is_unfit(x):
+                self.miss(f"{KINDS[kind]} of {x.dtype} ({x.layout})")
+                return func(*args, **kwargs)
+        counts = self._counters(kind, operands[0])
+        if counts is not None:
+            counts[0, 0].add_(1)
+        return handler(Roles(self.formats, counts), func, *args, **kwargs)
+
+    def miss(self, name: str) -> None:
+        """Refuse or remember something that is not covered."""
+        if self.strict:
+            raise ValueError(
+                f"{name} in module {self.path!r} is not covered by the policy: give that module the override None, "
+                "or wrap without strict=True"
+            )
+        if name not in self.missed:
+            self.missed = (*self.missed, name)
+
+    def _counters(self, kind: int, x: Tensor) -> Tensor | None:
+        """Where to count a product, on the device of its operands."""
+        if x.is_meta or not _counting():
+            return None
+        if self.counts.device != x.device:
+            with torch.inference_mode(False):
+                self._keep(self.counts.to(x.device))
+        return self.counts[kind]
+
+    def _keep(self, counts: Tensor) -> None:
+        self.counts = counts
+        # What `torch._dynamo.mark_static_address` sets, without importing the compiler: a CUDA graph may write here.
+        counts._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+
+
+def _counting() -> bool:
+    """Whether what runs now counts: not when it is recomputed in a backward pass, exported or run on fake tensors."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return torch._C._current_graph_task_id() == -1 and torch._C._get_dispatch_mode(_FAKE) is None
+
+
+def take() -> tuple[Region | None, int]:
+    """Take the active region, if any, off torch's stack of modes, and say where it lay. Other modes stay."""
+    size = torch._C._len_torch_function_stack()
+    for place in reversed(range(size)):
+        if isinstance(torch._C._get_function_stack_at(place), Region):
+            above = [torch._C._pop_torch_function_stack() for _ in range(size - 1 - place)]
+            region = torch._C._pop_torch_function_stack()
+            _push(above)
+            return region, place
+    return None, 0
+
+
+def put_back(region: Region | None, place: int) -> None:
+    """Undo `take`."""
+    if region is not None:
+        above = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - place)]
+        torch._C._push_on_torch_function_stack(region)
+        _push(above)
+
+
+def _push(modes: list[Any]) -> None:
+    for mode in reversed(modes):
+        torch._C._push_on_torch_function_stack(mode)
+
+
+def run_in(region: Region | None, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function in a region, or in full precision for None, whatever region is active outside."""
+    outer = take()
+    try:
+        if region is None:
+            return function(*args, **kwargs)
+        with region:
+            return function(*args, **kwargs)
+    finally:
+        put_back(*outer)
+
+
+# Activation checkpointing calls a function once more in the backward pass, when no region is active.
+
+
+def carried(function: Function, region: Region | None = None) -> Function:
+    """A function that takes a region, by default the active one, along to wherever it is called."""
+    if region is None:
+        region = active()
+    if region is None:
+        return function
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return run_in(region, function, args, kwargs)
+
+    return run
+
+
+def active() -> Region | None:
+    """The region that holds now."""
+    modes = (torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack()))
+    return next((mode for mode in modes if isinstance(mode, Region)), None)
