@@ -146,6 +146,11 @@ decode = torch.ops.lowprec.decode.default
 decode_out = torch.ops.lowprec.decode_out.default
 draw_seed = torch.ops.lowprec.draw_seed.default
 
+# Gradients that torch has as operators alone.
+layer_norm_back = torch.ops.aten.native_layer_norm_backward.default
+sigmoid_back = torch.ops.aten.sigmoid_backward.default
+tanh_back = torch.ops.aten.tanh_backward.default
+
 
 def _load(name: str, wanted: bool) -> str:
     """Load one compiled library; what became of it, in a few words."""

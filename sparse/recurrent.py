@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lowprec._ops import layer_norm_back, sigmoid_back, tanh_back
 from lowprec.cast import quantize
 from lowprec.formats import FloatFormat
-from lowprec.formats import format as lookup
+from lowprec.policy import Policy, as_policy
 from lowprec.sparse.rounding import caster
 
 EPS = 1e-6
@@ -28,20 +29,8 @@ FORGET = 1
 State = tuple[Tensor, Tensor]
 """Hidden state h and cell state c."""
 
-aten = torch.ops.aten
-
-
-class Roles(Protocol):
-    """The format of each role, None for full precision: what `lowprec.Policy` says."""
-
-    @property
-    def activation(self) -> Any: ...
-    @property
-    def weight(self) -> Any: ...
-    @property
-    def activation_grad(self) -> Any: ...
-    @property
-    def weight_grad(self) -> Any: ...
+Formats = tuple[FloatFormat | None, ...]
+"""Of the roles activation, weight, activation_grad and weight_grad; None for full precision."""
 
 
 class Linear(NamedTuple):
@@ -105,13 +94,13 @@ class Cell:
 
     def __init__(
         self,
-        roles: tuple[FloatFormat | None, ...],
+        formats: Formats,
         wide: torch.dtype,
         container: torch.dtype,
         device_type: str,
         fuse: bool,
     ) -> None:
-        casts = [caster(fmt, wide, device_type, fuse) for fmt in roles]
+        casts = [caster(fmt, wide, device_type, fuse) for fmt in formats]
         self.round, self.round_weight, self.round_grad, self.round_weight_grad = casts
         self.wide, self.container = wide, container
         self.step = torch.compile(self._step, dynamic=False) if fuse else self._step
@@ -126,7 +115,7 @@ class Cell:
 
     def linear(self, x: Tensor, p: Linear) -> tuple[Tensor, Norm | None]:
         """[R, N, in] -> LN(x · W) [R, N, G, H]; the product and the output of the norm are both rounded."""
-        z = product(x, p.weight).unflatten(-1, p.bias.shape[-2:])
+        z = product(x, p.weight).view(*x.shape[:-1], *p.bias.shape[-2:])
         if p.gain is None:
             return z + p.bias, None
         z = self.round(z)
@@ -139,7 +128,7 @@ class Cell:
         if norm is None or p.gain is None:
             return self.hold(dy), self.hold(dy)
         z, shape, mask = norm.z.to(self.wide), norm.z.shape[-1:], [True, False, False]
-        dz = aten.native_layer_norm_backward(dy * p.gain, z, shape, norm.mean, norm.scale, None, None, mask)[0]
+        dz = layer_norm_back(dy * p.gain, z, shape, norm.mean, norm.scale, None, None, mask)[0]
         return self.hold(dy), self.hold(self.round_grad(dz))
 
     def _step(
@@ -179,6 +168,7 @@ class Cell:
         for k in reversed(range(len(maps) - 1)):
             dx = product(dz.flatten(-2), maps[k + 1].weight.mT)
             if k == 0:
+                assert saved.first is not None
                 dinputs = [dx * saved.first, *dinputs]
                 dx = dx * inputs[..., 0, :]
             else:
@@ -193,16 +183,14 @@ class Cell:
         """The gradients of the gates' inputs and of c before the step."""
         (i, f, o), u = self._activate(saved.gates, keep)
         squashed = saved.after.tanh()
-        dc = dc + aten.tanh_backward(dh * o, squashed)
-        du = aten.tanh_backward(dc * i, u)
+        dc = dc + tanh_back(dh * o, squashed)
+        du = tanh_back(dc * i, u)
         parts = (dc * u, i), (dc * saved.before, f), (dh * squashed, o)
-        gates = [aten.sigmoid_backward(grad, gate) for grad, gate in parts]
+        gates = [sigmoid_back(grad, gate) for grad, gate in parts]
         return torch.stack([*gates, du if keep is None else du * keep], -2), dc * f
 
-    def map_back(
-        self, x: Tensor, z: Tensor | None, dy: Tensor, dz: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gradients of a weight, its gain (None without layer norm, z = None) and its bias, from all rows of a chunk."""
+    def map_back(self, x: Tensor, z: Tensor | None, dy: Tensor, dz: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gradients of a weight, its gain and its bias, from all rows of a chunk; z is None without layer norm."""
         weight = self.round_weight_grad(product(x.mT, dz.flatten(-2)))
         dy = dy.to(self.wide)
         bias = dy.sum(1, keepdim=True)
@@ -213,11 +201,9 @@ class Cell:
 
 
 @lru_cache(maxsize=256)
-def make_cell(
-    roles: tuple[FloatFormat | None, ...], wide: torch.dtype, container: torch.dtype | None, device: str, fuse: bool
-) -> Cell:
+def make_cell(formats: Formats, wide: torch.dtype, container: torch.dtype | None, device_type: str, fuse: bool) -> Cell:
     """One cell for all layers of a kind, so that it is compiled once."""
-    return Cell(roles, wide, container or wide, device, fuse)
+    return Cell(formats, wide, container or wide, device_type, fuse)
 
 
 class Chunk(torch.autograd.Function):
@@ -225,23 +211,22 @@ class Chunk(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, cell: Cell, x: Tensor, h: Tensor, c: Tensor, keep: Tensor | None, *parameters: Tensor | None
+        ctx: Any, cell: Cell, x: Tensor, h: Tensor, c: Tensor, keep: Tensor | None, *parameters: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x: [R, T, N, in], h and c: [R, N, H] -> every h [R, T, N, H], and the last h and c."""
-        rows = x.shape[1:3]
-        maps = [cell.make_linear(*parameters[k : k + 3]) for k in range(0, len(parameters), 3)]
-        x = cell.hold(cell.round(x)).flatten(1, 2)
-        inputs, norm = cell.linear(x, maps[0])
-        inputs = cell.hold(inputs) if norm else inputs
-        steps = inputs.unflatten(1, rows).unbind(1)
+        first, *others = (cell.make_linear(*parameters[k : k + 3]) for k in range(0, len(parameters), 3))
+        maps, keeps = tuple(others), [None] * x.shape[1] if keep is None else keep.unbind(1)
+        rows = cell.hold(cell.round(x)).flatten(1, 2)
+        y, norm = cell.linear(rows, first)
+        inputs = (cell.hold(y) if norm else y).view(*x.shape[:3], *y.shape[-2:]).unbind(1)
         h, hs, tape = cell.hold(cell.round(h)), [], []
-        for t, inputs_t in enumerate(steps):
-            h, saved = cell.step(h, c, inputs_t, tuple(maps[1:]), None if keep is None else keep[:, t])
+        for inputs_t, keep_t in zip(inputs, keeps, strict=True):
+            h, saved = cell.step(h, c, inputs_t, maps, keep_t)
             c = saved.after
             hs.append(h)
-            if any(ctx.needs_input_grad):
-                tape.append(saved)
-        ctx.cell, ctx.maps, ctx.keep, ctx.x, ctx.norm, ctx.steps, ctx.tape = cell, maps, keep, x, norm, steps, tape
+            tape.append(saved)
+        ctx.cell, ctx.first, ctx.rows, ctx.norm = cell, first, rows, norm
+        ctx.maps, ctx.inputs, ctx.keeps, ctx.tape = maps, inputs, keeps, tape
         return torch.stack(hs, 1).to(cell.wide), h.to(cell.wide, copy=True), c.clone()
 
     @staticmethod
@@ -249,17 +234,16 @@ class Chunk(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Back through the timesteps, then each linear map once."""
         dhs, dh, dc = grads
-        cell, maps, back = ctx.cell, tuple(ctx.maps[1:]), []
+        cell, back = ctx.cell, []
         for t in reversed(range(len(ctx.tape))):
-            keep = None if ctx.keep is None else ctx.keep[:, t]
-            step = cell.step_back(dh + dhs[:, t], dc, ctx.tape[t], ctx.steps[t], maps, keep)
+            step = cell.step_back(dh + dhs[:, t], dc, ctx.tape[t], ctx.inputs[t], ctx.maps, ctx.keeps[t])
             dh, dc = step.h, step.c
-            back.insert(0, step)
-        dy = torch.stack([step.inputs for step in back], 1).flatten(1, 2)
-        dy, dz = cell.linear_back(dy, ctx.maps[0], ctx.norm)
-        dx = product(dz.flatten(-2), ctx.maps[0].weight.mT).unflatten(1, dhs.shape[1:3])
-        parameters = [*cell.map_back(ctx.x, ctx.norm and ctx.norm.z, dy, dz)]
-        for k in range(len(maps)):
+            back.append(step)
+        back.reverse()
+        dy, dz = cell.linear_back(_rows([step.inputs for step in back]), ctx.first, ctx.norm)
+        dx = product(dz.flatten(-2), ctx.first.weight.mT).view(*dhs.shape[:3], -1)
+        parameters = [*cell.map_back(ctx.rows, ctx.norm and ctx.norm.z, dy, dz)]
+        for k in range(len(ctx.maps)):
             x = _rows([saved.operands[k] for saved in ctx.tape])
             z = _rows([saved.norms[k].z for saved in ctx.tape]) if ctx.norm else None
             parameters += cell.map_back(x, z, _rows([step.y[k] for step in back]), _rows([step.z[k] for step in back]))
@@ -281,7 +265,7 @@ class Recurrent(nn.Module):
         maps: dict[str, tuple[int, int]],
         *,
         layer_norm: bool = True,
-        policy: Roles | None = None,
+        policy: Policy | str | None = None,
         replicas: int | None = None,
         dropout: float = 0.0,
         container: torch.dtype | None = None,
@@ -293,9 +277,9 @@ class Recurrent(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
         self.input_size, self.hidden_size, self.replicas = input_size, hidden_size, replicas
-        self.policy, self.container, self.compile_step = policy, container, compile
-        self.dropout, self.maps = dropout, tuple(maps)
-        _require_container(container, self._roles())
+        self.policy = None if policy is None else as_policy("policy", policy)
+        self.container, self.compile_step, self.dropout, self.maps = container, compile, dropout, tuple(maps)
+        _require_container(container, self._formats())
         lead = () if replicas is None else (replicas,)
         for name, (inputs, groups) in maps.items():
             shapes = {"weight": (*lead, inputs, groups * hidden_size), "bias": (*lead, groups, hidden_size)}
@@ -322,8 +306,8 @@ class Recurrent(nn.Module):
             state: h and c, each [N, hidden_size], with replicas [R, N, hidden_size]; zeros by default.
 
         Returns:
-            Every h [T, N, hidden_size] (with replicas [R, T, N, hidden_size]), and the state after the chunk; detach it to
-            carry it into the next one.
+            Every h [T, N, hidden_size] (with replicas [R, T, N, hidden_size]), and the state after the chunk: to be
+            detached, where it is carried into the next one.
 
         Raises:
             ValueError: for other shapes.
@@ -333,9 +317,9 @@ class Recurrent(nn.Module):
         x = x.unsqueeze(0) if self.replicas is None else x
         shape = (x.shape[0], x.shape[2], self.hidden_size)
         h, c = (part.reshape(shape) for part in state) if state else (x.new_zeros(shape), x.new_zeros(shape))
-        cell = make_cell(self._roles(), x.dtype, self.container, x.device.type, self.compile_step)
+        cell = make_cell(self._formats(), x.dtype, self.container, x.device.type, self.compile_step)
         with torch.autocast(x.device.type, enabled=False):
-            hs, h, c = Chunk.apply(cell, x, h, c, self._keep(x), *self._flat())
+            hs, h, c = Chunk.apply(cell, x, h, c, self._keep(x), *self._flat())  # type: ignore[no-untyped-call]
         return (hs, (h, c)) if self.replicas is not None else (hs[0], (h[0], c[0]))
 
     def extra_repr(self) -> str:
@@ -343,10 +327,9 @@ class Recurrent(nn.Module):
         given = [f"{name}={value}" for name, value in options.items() if value is not None]
         return ", ".join([str(self.input_size), str(self.hidden_size), *given])
 
-    def _roles(self) -> tuple[FloatFormat | None, ...]:
+    def _formats(self) -> Formats:
         p = self.policy
-        formats = (p.activation, p.weight, p.activation_grad, p.weight_grad) if p else (None,) * 4
-        return tuple(None if fmt is None else lookup(fmt) for fmt in formats)
+        return (p.activation, p.weight, p.activation_grad, p.weight_grad) if p else (None,) * 4
 
     def _flat(self) -> list[Tensor | None]:
         """Every map's weight [R, in, G·H], gain and bias [R, 1, G, H]."""
@@ -368,21 +351,17 @@ class Recurrent(nn.Module):
 
     def _check(self, x: Tensor, *state: Tensor) -> None:
         lead = () if self.replicas is None else (self.replicas,)
-        axes = ("T", "N") if self.replicas is None else ("R", "T", "N")
-        if x.dim() != len(axes) + 1 or x.shape[: len(lead)] != lead or x.shape[-1] != self.input_size or not x.shape[-3]:
-            wanted = ", ".join((*axes, str(self.input_size)))
-            raise ValueError(f"x must be [{wanted}] with T > 0{self._where()}, got {list(x.shape)}")
+        axes, good = "R, T, N"[3 * (not lead) :], x.dim() == 3 + len(lead) and x.shape[: len(lead)] == lead
+        if not good or x.shape[-1] != self.input_size or x.shape[-3] == 0:
+            also = f", R = {self.replicas}" if lead else ""
+            raise ValueError(f"x must be [{axes}, {self.input_size}] with T > 0{also}; got {list(x.shape)}")
+        wanted = (*lead, x.shape[-2], self.hidden_size)
         dtype = self.get_parameter(f"weight_{self.maps[0]}").dtype
-        wanted_state = (*lead, x.shape[-2], self.hidden_size)
-        for name, part in zip("hc", state, strict=False):
-            if part.shape != wanted_state:
-                raise ValueError(f"{name} must be {list(wanted_state)}, got {list(part.shape)}")
-        for name, part in zip(("x", "h", "c"), (x, *state), strict=False):
+        for name, part in zip("xhc", (x, *state), strict=False):
+            if name != "x" and part.shape != wanted:
+                raise ValueError(f"{name} must be {list(wanted)}, got {list(part.shape)}")
             if part.dtype != dtype:
                 raise TypeError(f"{name} must be {dtype} like the parameters, got {part.dtype}")
-
-    def _where(self) -> str:
-        return "" if self.replicas is None else f" and R = {self.replicas}"
 
 
 def _tiled_identity(like: Tensor) -> Tensor:
@@ -391,11 +370,11 @@ def _tiled_identity(like: Tensor) -> Tensor:
     return (i[:, None] == j % rows).to(like.dtype)
 
 
-def _require_container(container: torch.dtype | None, roles: tuple[FloatFormat | None, ...]) -> None:
+def _require_container(container: torch.dtype | None, formats: Formats) -> None:
     """A container must hold what is stored in it: activations, weights and gradients of activations."""
     if container is None:
         return
-    for name, fmt in zip(("activation", "weight", "activation_grad"), roles, strict=False):
+    for name, fmt in zip(("activation", "weight", "activation_grad"), formats, strict=False):
         if fmt is None:
             raise ValueError(f"container={container} stores rounded values: the policy must give {name} a format")
         quantize(torch.empty(0, dtype=container), fmt)
@@ -412,14 +391,15 @@ class LSTM(Recurrent):
     Args:
         input_size, hidden_size: features of x and h.
         layer_norm: whether linear maps are normalised.
-        policy: the format of each role. Operands (x, h, the weights), and with layer norm its inputs and outputs, are
-            rounded to `activation` or `weight`; their gradients to `activation_grad`; a weight's gradient, once formed for
-            the chunk, to `weight_grad`: to nearest, ties to even, saturating. c, the statistics of layer norms, gains,
-            biases and the parameters themselves keep full precision.
+        policy: the format of each role, or the name of a recipe. Operands (x, h, the weights), and with layer norm its
+            inputs and outputs, are rounded to `activation` or `weight`; their gradients to `activation_grad`; a
+            weight's gradient, once formed for the chunk, to `weight_grad`. To nearest, ties to even; ieee formats
+            overflow to infinity, others saturate. c, the statistics of layer norms, gains, biases and the parameters
+            themselves keep full precision.
         replicas: R independent layers, stacked; None for one without the leading dimension.
         dropout: probability of dropping elements of u, in training.
-        container: the dtype that operands and stored values take, which must hold their formats: bfloat16 runs products at
-            its full rate, with float32 sums. None: the dtype of x.
+        container: the dtype that operands and stored values take, which must hold their formats: bfloat16 runs products
+            at its full rate, with float32 sums. None: the dtype of x.
         compile: whether a timestep and its gradient run under `torch.compile`.
 
     Shapes: x [T, N, input_size] -> [T, N, hidden_size], as `torch.nn.LSTM` without layers.
@@ -456,7 +436,7 @@ class MLSTM(Recurrent):
     def __init__(self, input_size: int, hidden_size: int, steps: int = 5, **options: Any) -> None:
         _require_counts(input_size=input_size, hidden_size=hidden_size, replicas=options.get("replicas") or 1)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-            raise ValueError(f"steps must be an int of at least 2, for the product with m and the sum with a, got {steps!r}")
+            raise ValueError(f"steps must be an int of at least 2: one takes m, the next one a; got {steps!r}")
         self.steps = steps
         maps = {"input": (input_size, 2), **{f"step{k}": (hidden_size, 1) for k in range(steps)}}
         super().__init__(input_size, hidden_size, maps | {"gates": (hidden_size, 4)}, **options)

@@ -1,7 +1,7 @@
 """Nearest-even rounding in a handful of element-wise operations: what a recurrent step can fuse with its neighbours.
 
-`lowprec.quantize` is one opaque operator. Inside a compiled step, or where no compiled library serves a device, the same
-bits come faster from plain arithmetic; a test holds the two together.
+`lowprec.quantize` is one opaque operator. Inside a compiled step, or where no compiled library serves a device, the
+same bits come faster from plain arithmetic; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def is_short(fmt: FloatFormat, dtype: torch.dtype) -> bool:
 def nearest_even(fmt: FloatFormat, dtype: torch.dtype) -> Cast:
     """`lowprec.quantize(x, fmt)` for tensors of a dtype, where `is_short`.
 
-    Adding 1.5 · 2^k, where the last bit of the sum weighs as much as the format's at x, leaves the rounding to the adder.
+    Adding 1.5 · 2^k, so that the sum's last bit weighs as much as the format's at x, leaves the rounding to the adder.
     """
     precision, bias, integer = CONTAINERS[dtype]
     fraction = precision - 1
