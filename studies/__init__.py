@@ -1,8 +1,8 @@
 """Studies: one folder each, found by name and run by `lowprec study NAME`.
 
-A study is a package in this folder with QUESTION (one line), Config (a frozen dataclass of settings), QUICK (those of its
-small version), prepare(config), which checks them and fills in what they leave open, and run(config, folder), which
-leaves its results in the folder and goes on from what it finds there.
+A study is a package in this folder with QUESTION (one line), Config (a frozen dataclass of settings), QUICK (those of
+its small version), prepare(config), which checks them and fills in what they leave open, and run(config, folder),
+which leaves its results in the folder and goes on from what it finds there.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def run(
         The folder.
 
     Raises:
-        ValueError: for an unknown name, engine or setting, an unfit folder, or settings that are not those of the run to
-            go on with.
+        ValueError: for an unknown name, engine or setting, an unfit folder, or settings other than those of the run
+            to go on with.
         KeyboardInterrupt: after Ctrl-C, once everything is saved.
         OSError: for a full disk or a killed process; what was saved stays.
     """
@@ -75,9 +75,10 @@ def _resumed(study: ModuleType, name: str, options: Mapping[str, str], out: Path
         raise ValueError(f"{out} holds a run of {saved['study']}{' --quick' * saved['quick']}")
     before = {key: tuple(value) if isinstance(value, list) else value for key, value in saved["config"].items()}
     config = settings.parse(study.Config, options, before)
-    changed = [f"{key}={before[key]!r}, not {now!r}" for key, now in settings.what(config).items() if before[key] != now]
+    asked = settings.what(config)
+    changed = [f"{key}={before[key]!r}, not {asked[key]!r}" for key in asked if before.get(key) != asked[key]]
     if changed:
-        raise ValueError(f"{out} holds a run with {'; '.join(changed)}: go on with its own settings, or choose another --out")
+        raise ValueError(f"{out} holds a run with {'; '.join(changed)}: keep its settings, or name another --out")
     return config
 
 

@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import lzma
 import zlib
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,12 +32,12 @@ class Corpus(NamedTuple):
     test: Tensor
 
 
-def load(path: str = "", split: tuple[int, int, int] = (90, 5, 5)) -> Corpus:
+def load(path: str = "", split: Sequence[int] = (90, 5, 5)) -> Corpus:
     """Read a text and split it.
 
     Args:
         path: a file of bytes, plain or packed by xz or gzip (told by its first bytes); empty for the embedded text.
-        split: proportions of the training, validation and test parts, which follow one another.
+        split: proportions of the training, validation and test parts, which follow one another in the text.
 
     Raises:
         ValueError: for a missing, unreadable, empty or damaged file.
@@ -47,7 +49,8 @@ def load(path: str = "", split: tuple[int, int, int] = (90, 5, 5)) -> Corpus:
     index[symbols] = np.arange(len(symbols))
     coded = torch.from_numpy(index[np.frombuffer(text, dtype=np.uint8)])
     valid, test = (len(text) * part // sum(split) for part in split[1:])
-    parts = coded.split([len(text) - valid - test, valid, test])
+    ends = [0, len(text) - valid - test, len(text) - test, len(text)]
+    parts = (coded[first:last] for first, last in pairwise(ends))
     return Corpus(file.name, hashlib.sha256(text).hexdigest(), symbols.tobytes(), *parts)
 
 
@@ -70,8 +73,8 @@ def read(file: Path) -> bytes:
 class Stripes:
     """A text cut into rows of equal length that are read side by side, chunk after chunk.
 
-    Replica r, row n begins at `offset[r] + n · stripe`, and the text is a ring; a chunk is [R, length + 1, rows]: what goes
-    in and, one later, what should come out.
+    Replica r, row n begins at `offsets[r] + n · stripe`, and the text is a ring; a chunk is [R, length + 1, rows]: what
+    goes in and, one later, what should come out.
 
     Args:
         text: uint8 [L].

@@ -6,7 +6,6 @@ may change when a run is gone on with.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
 from dataclasses import Field, field, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -26,7 +25,7 @@ def what(config: Any) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata["how"]}
 
 
-def parse(kind: type[Config], words: Mapping[str, str], start: Mapping[str, Any] = types.MappingProxyType({})) -> Config:
+def parse(kind: type[Config], words: Mapping[str, str], start: Mapping[str, Any]) -> Config:
     """Settings from words, over those of `start`, over the defaults.
 
     Raises:

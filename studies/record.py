@@ -61,11 +61,12 @@ def _sync_folder(folder: Path) -> None:
 def _explained(error: OSError, path: Path) -> OSError:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
-    text = f"the disk is full: {path} could not be written. What was saved is whole: free some space and go on with --resume"
+    text = f"the disk is full: {path} could not be written; what was saved before is whole"
     return OSError(error.errno, text)
 
 
 def write_json(path: Path, value: Json) -> None:
+    """`write` a JSON object."""
     write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
@@ -193,6 +194,7 @@ def commit() -> str:
     """The commit of the code that runs, with "+" where files differ from it; "" outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
         head = _git(here, "rev-parse", "--short=12", "HEAD")
         return head + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,7 +1,7 @@
 """A common slope over several groups by ordinary least squares, and what follows from it, with intervals.
 
-Model: y = a_group + s · x + normal errors of one variance. The offset between two groups over the slope is the shift in x
-that makes up for it; its interval is Fieller's.
+Model: y = a_group + s · x + normal errors of one variance. The offset between two groups over the slope is the shift
+in x that makes up for it; its interval is Fieller's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class CommonSlope:
-    """A fit: coefficients (a_group for each of `groups`, then s), their covariance, the error's deviation and freedom."""
+    """A fit: coefficients (an a for each group, then s), their covariance, the error's deviation and its freedom."""
 
     groups: tuple[str, ...]
     coefficients: Array
@@ -39,7 +39,7 @@ class CommonSlope:
     sigma: float
     freedom: int
 
-    def combination(self, weights: Sequence[float], confidence: float = 0.95) -> Interval:
+    def combination(self, weights: Sequence[float] | Array, confidence: float = 0.95) -> Interval:
         """A linear combination of the coefficients, by the t distribution."""
         w = np.asarray(weights, dtype=np.float64)
         estimate, error = float(w @ self.coefficients), self._error(w)

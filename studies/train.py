@@ -46,8 +46,10 @@ def learning_rate(plan: Plan, count: Tensor) -> Tensor:
 def flatten(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Move R-leading parameters into one tensor [R, P], of which they become views."""
     flat = torch.cat([p.detach().flatten(1) for p in parameters], 1)
-    for p, part in zip(parameters, flat.split([p[0].numel() for p in parameters], 1), strict=True):
-        p.data = part.view(p.shape)
+    end = 0
+    for p in parameters:
+        begin, end = end, end + p[0].numel()
+        p.data = flat[:, begin:end].view(p.shape)
     return flat
 
 
@@ -103,7 +105,7 @@ class Trainer:
     def capture(self) -> None:
         """Record an update in a CUDA graph and run that from now on; numbers are as if this had not happened."""
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_RUNS):

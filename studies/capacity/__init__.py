@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 
 from lowprec.studies import data, engine
-from lowprec.studies.capacity import cell, report
+from lowprec.studies.capacity import cell
 from lowprec.studies.capacity.config import QUICK, Config
+from lowprec.studies.capacity.report import write as write_report
 
 __all__ = ["QUESTION", "QUICK", "Config", "prepare", "run"]
 
@@ -23,7 +24,7 @@ def prepare(config: Config) -> Config:
     """Check settings against the text and the machine, and fill in what they leave open.
 
     Raises:
-        ValueError: for a text that is missing, damaged, too short or not the expected one; for a device that is not there.
+        ValueError: for a text that is missing, damaged, too short or not the expected one, or a missing device.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu: this machine, or this torch, has no CUDA device")
@@ -52,7 +53,7 @@ def run(config: Config, folder: Path) -> None:
         _say_where(parts, console)
         raise
     if all(part.done for part in parts):
-        report.write(config, [part.folder for part in parts], folder, console)
+        write_report(config, [part.folder for part in parts], folder, console)
     else:
         _say_where(parts, console)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lowprec.cast import quantize
+from lowprec.formats import FloatFormat
 from lowprec.policy import Policy
 from lowprec.studies import data, record
 from lowprec.studies.capacity.config import FULL, Config
@@ -40,7 +41,7 @@ def run(config: Config, format: str, width: int, folder: Path, stop: Stop) -> No
     if device.type == "cuda":
         trainer.capture()
     if _train(trainer, config, folder, state, stop):
-        result = {"format": format, "width": width, **_scores(trainer, config, corpus), **_costs(trainer, config, state)}
+        result = {"format": format, "width": width} | _scores(trainer, config, corpus) | _costs(trainer, config, state)
         record.write_json(folder / "result.json", result)
         (folder / "checkpoint.pt").unlink()
 
@@ -76,15 +77,15 @@ def _offset(seed: int, length: int) -> int:
 
 def _container(policy: Policy | None, device: torch.device) -> torch.dtype | None:
     """bfloat16 on a GPU, for its rate, where it holds all that is stored; else float32."""
-    stored = policy and (policy.activation, policy.weight, policy.activation_grad)
-    if device.type != "cuda" or not stored or None in stored:
-        return None
+    stored = (policy.activation, policy.weight, policy.activation_grad) if policy else (None,)
+    return torch.bfloat16 if device.type == "cuda" and all(map(_fits_bfloat16, stored)) else None
+
+
+def _fits_bfloat16(fmt: FloatFormat | None) -> bool:
     try:
-        for fmt in stored:
-            quantize(torch.empty(0, dtype=torch.bfloat16), fmt)
+        return fmt is not None and quantize(torch.empty(0, dtype=torch.bfloat16), fmt).numel() == 0
     except ValueError:
-        return None
-    return torch.bfloat16
+        return False
 
 
 def _restored(trainer: Trainer, folder: Path) -> record.Json | None:

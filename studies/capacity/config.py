@@ -13,12 +13,12 @@ FULL = "fp32"
 
 QUICK: dict[str, Any] = {
     "widths": (96, 104),
-    "seeds": 6,
+    "seeds": 4,
     "steps": 3,
-    "batch": 16,
-    "length": 32,
-    "epochs": 0.2,
-    "lr": 5e-3,
+    "batch": 32,
+    "length": 16,
+    "epochs": 0.56,
+    "lr": 1e-2,
     "warmup": 50,
     "device": "cpu",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from math import exp, log
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -40,7 +41,8 @@ def _format(axes: Axes, summary: Summary, format: str, index: int) -> None:
     means = [summary.mean(cell) for cell in cells]
     middle = [mean.estimate for mean in means]
     margins = [mean.high - mean.estimate if mean.bounded else 0.0 for mean in means]
-    axes.errorbar(widths, middle, margins, color=colour, marker=marker, markersize=6, linestyle="", capsize=4, label=format)
+    look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 6, "linestyle": "", "capsize": 4}
+    axes.errorbar(widths, middle, margins, label=format, **look)
     if summary.fit:
         ends = [min(summary.config.widths) / 1.015, max(summary.config.widths) * 1.015]
         fitted = [summary.fit.at(format, log(width / summary.start)) for width in ends]
@@ -57,7 +59,8 @@ def _gap(axes: Axes, summary: Summary, format: str) -> None:
     limits = f"95%: {needed.low:+.1%} to {needed.high:+.1%}" if needed.bounded else "95%: unbounded"
     axes.annotate("", (right, level), (left, level), arrowprops={"arrowstyle": "->", "color": GREY, "linewidth": 1.4})
     words = f"{format} needs {needed.estimate:+.1%} width\n({limits})"
-    axes.annotate(words, ((left * right) ** 0.5, level), (0, -8), textcoords="offset points", ha="center", va="top", color=GREY)
+    place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "top", "color": GREY}
+    axes.annotate(words, ((left * right) ** 0.5, level), (0, -8), **place)
 
 
 def _label(axes: Axes, summary: Summary) -> None:

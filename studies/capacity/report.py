@@ -6,6 +6,7 @@ import csv
 import io
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from lowprec.studies.capacity.picture import draw
 from lowprec.studies.capacity.summary import Summary, as_json, findings, summarise
 from lowprec.studies.regression import Interval
 
+OWN_LINES = ("data", "sha256")
 COLUMNS = ("format", "width", "parameters", "seeds", "valid", "test", "chars/s")
 
 
@@ -31,9 +33,9 @@ def write(config: Config, parts: list[Path], folder: Path, console: Console) -> 
 
 def show(summary: Summary, console: Console) -> None:
     """The table and the conclusions."""
-    table = Table(title="Bits per character, 95% intervals", title_justify="left")
+    table = Table(title="Bits per character, 95% intervals", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "format" else "right")
+        table.add_column(name, justify="left" if name == "format" else "right", no_wrap=True)
     for row in _rows(summary):
         table.add_row(*row)
     console.print(table)
@@ -91,18 +93,23 @@ def _readme(summary: Summary, saved: record.Json) -> str:
         "",
         "## Method",
         "",
-        "A byte model (embedding, multiplicative LSTM with internal steps, output layer) is trained for each format, width",
-        "and seed; seeds set the weights and where reading begins, and are the same for all formats. Scores are of",
-        "averaged weights, softmax in float32. Test scores are fitted as a_format + s ln(width), one slope for all formats,",
-        "by least squares; -offset / s is the width that makes up for a format, with Fieller's interval; equality is",
-        "claimed by two one-sided tests alone.",
+        "A byte model (embedding, multiplicative LSTM with internal steps, output layer) is trained for each format,",
+        "width and seed; seeds set the weights and where reading begins, and are the same for all formats. Scores are",
+        "of averaged weights, softmax in float32. Test scores are fitted as a_format + s ln(width), one slope for all",
+        "formats, by least squares; -offset / s is the ln of the width that makes up for a format, with Fieller's",
+        "interval; equality is claimed by two one-sided tests alone.",
         "",
         f"- text: {Path(config['data']).name or 'the embedded tiny Shakespeare'} (SHA-256 {config['sha256']})",
         f"- device: {'; '.join(devices)}",
         f"- commit: {saved['commit'] or 'not in a checkout'}, lowprec {saved['lowprec']}",
-        f"- settings: {', '.join(f'{key}={value}' for key, value in config.items() if key not in ('data', 'sha256'))}",
+        f"- settings: {', '.join(f'{key}={_word(value)}' for key, value in config.items() if key not in OWN_LINES)}",
         "",
-        "Files: `results.csv` (a line for each seed), `results.json` (every number), `config.json`, and for each cell its",
-        "`metrics.jsonl` and `result.json`.",
+        "Files: `results.csv` (a line for each seed), `results.json` (every number), `config.json`, and for each cell",
+        "its `metrics.jsonl` and `result.json`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _word(value: object) -> str:
+    """A setting as it is typed."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

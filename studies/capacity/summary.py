@@ -75,7 +75,8 @@ def findings(summary: Summary) -> list[str]:
 
 def _width(summary: Summary) -> str:
     more, effect = summary.claim()
-    return f"{more:+.1%} width changes bits per character by {text(effect, '+.4f')}: {_verdict(effect, 'wider is better', 'wider is worse')}."
+    verdict = _verdict(effect, "wider is better", "wider is worse")
+    return f"{more:+.1%} width changes bits per character by {text(effect, '+.4f')}: {verdict}."
 
 
 def _format(summary: Summary, format: str) -> list[str]:
@@ -84,8 +85,9 @@ def _format(summary: Summary, format: str) -> list[str]:
     offset, needed = summary.fit.offset(format, base), summary.width_needed(format)
     difference, p = summary.fit.matches(format, base, log(CLAIM), margin)
     shown = "shown" if p < 0.05 else "not shown"
+    verdict = _verdict(offset, f"it is better than {base}", "that is its cost")
     return [
-        f"{format} changes bits per character by {text(offset, '+.4f')} at equal width: {_verdict(offset, 'it gains', 'it costs')}.",
+        f"{format} changes bits per character by {text(offset, '+.4f')} at equal width: {verdict}.",
         f"{format} needs {text(needed, '+.1%')} width to match {base} (Fieller's interval).",
         f"{format} with {CLAIM - 1:.1%} more width differs from {base} by {text(difference, '+.4f', 90)}: "
         f"equality within ±{margin} is {shown} (two one-sided tests, p = {p:.2g}).",
