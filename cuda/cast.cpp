@@ -43,10 +43,10 @@ void draw(const Draws& draws, int64_t begin, int64_t count, uint32_t* words) {
   block(draws.seed, draws.offset, begin, count, words);
 }
 
-template <class TallyOrNone, class Op>
-LOWPREC_CLONES TallyOrNone cast_block(const Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count,
-                                      const uint32_t* words) {
-  TallyOrNone tally;
+template <class AnyTally, class Op>
+LOWPREC_CLONES AnyTally cast_block(const Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count,
+                                   const uint32_t* words) {
+  AnyTally tally;
   // Each element is read before its own place is written, also where x and out are the same array.
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) out[i] = op(x[i], Op::random ? words[i] : 0, tally);
@@ -77,7 +77,7 @@ class Total {
 };
 
 struct Cpu {
-  template <class TallyOrNone, class Op>
+  template <class AnyTally, class Op>
   static void run(const Op& op, const Tensor& x, const Tensor& out, const Source& source, int64_t* counts) {
     const Draws draws = Op::random ? Draws{read_word(source.seed), read_word(source.offset), source.bits} : Draws{};
     elementwise(x, out, Op::random, [&](const void* from, void* to, int64_t count) {
@@ -89,7 +89,7 @@ struct Cpu {
         for (int64_t begin = first * kBlock; begin < std::min(last * kBlock, count); begin += kBlock) {
           const int64_t size = std::min(kBlock, count - begin);
           if (Op::random) draw(draws, begin, size, words);
-          total.add(cast_block<TallyOrNone>(op, input + begin, output + begin, size, words));
+          total.add(cast_block<AnyTally>(op, input + begin, output + begin, size, words));
         }
       });
       if (counts) total.add_to(counts, count);

@@ -1,7 +1,7 @@
 // The casts as operators: checks, results, and the choice of a kernel. A backend runs it: one for CPU, one for CUDA.
 //
-// Python has checked every argument and said what is wrong with it. The checks here are a second fence, for callers that
-// come by another way.
+// Python has checked every argument and said what is wrong with it. The checks here are a second fence, for callers
+// that come by another way.
 #pragma once
 
 #include <cstdint>

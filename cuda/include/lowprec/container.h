@@ -30,28 +30,29 @@ using Float32 = Container<uint32_t, 24>;
 using Float16 = Container<uint16_t, 11>;
 using BFloat16 = Container<uint16_t, 8>;
 
-/// A magnitude: significand · 2^exponent up to a constant factor, exponents counted as a container's exponent field
-/// counts them. A significand with its leading one at bit `fraction_bits` is normal.
-template <class Word>
+/// A magnitude: bits, and the exponent from which they count. What they exceed exponent << fraction_bits by is the
+/// significand; a normal number's has its leading one at bit fraction_bits. Exponent 0 is that of the smallest normal
+/// number, and of the subnormal ones, so that the bits of every finite number read as they stand.
+template <class C>
 struct Magnitude {
-  Word significand;
+  using Word = typename C::Word;
+
+  Word bits;
   int exponent;
+
+  static LOWPREC_INLINE Magnitude read(Word bits) {
+    return {bits, max(static_cast<int>(bits >> C::fraction_bits) - 1, 0)};
+  }
+
+  static LOWPREC_INLINE Magnitude of(Word significand, int exponent) {
+    return {significand + origin(exponent), exponent};
+  }
+
+  /// Where significands of an exponent begin. Wraps below exponent 0, and differences come out right all the same.
+  static LOWPREC_INLINE Word origin(int exponent) { return static_cast<Word>(exponent) << C::fraction_bits; }
+
+  LOWPREC_INLINE Word significand() const { return bits - origin(exponent); }
 };
-
-/// Take apart the bits of a finite magnitude, or a magnitude code: both are an exponent field above a fraction.
-/// Exponents count from 1. Leaving one unit of the field on the fraction sets the leading one of a normal number, and no
-/// bit of a subnormal one.
-template <class Word>
-LOWPREC_INLINE Magnitude<Word> unpack(Word bits, int fraction_bits) {
-  const int exponent = max(static_cast<int>(bits >> fraction_bits), 1);
-  return {bits - (static_cast<Word>(exponent - 1) << fraction_bits), exponent};
-}
-
-/// The inverse, for exponents from 1. A significand of 2^(fraction_bits + 1) carries into the exponent.
-template <class Word>
-LOWPREC_INLINE Word pack(Magnitude<Word> x, int fraction_bits) {
-  return x.significand + (static_cast<Word>(x.exponent - 1) << fraction_bits);
-}
 
 /// Index of the leading one, from the exact float of n; below 2^24.
 LOWPREC_INLINE int floor_log2(uint32_t n) {
@@ -63,23 +64,23 @@ LOWPREC_INLINE int floor_log2(uint64_t n) {
   return static_cast<int>(bit_cast<uint64_t>(static_cast<double>(static_cast<int64_t>(n))) >> 52) - 1023;
 }
 
-/// Let the exponent of a subnormal number sink, by up to `depth`, until its leading one stands where normal numbers have
-/// theirs. Zero, which has none, sinks below every format.
+/// Let the exponent of a subnormal number sink, by up to `depth`, until its leading one stands where normal numbers
+/// have theirs. Zero, which has none, sinks below every format.
 template <class C>
-LOWPREC_INLINE Magnitude<typename C::Word> normalise(Magnitude<typename C::Word> x, int depth) {
+LOWPREC_INLINE Magnitude<C> normalise(Magnitude<C> x, int depth) {
   LOWPREC_SKIP_IF(depth == 0, x);
   constexpr int bottom = -4096;
-  const int missing = min(C::fraction_bits - floor_log2(x.significand), depth);
-  const int exponent = x.exponent - missing;
-  return {x.significand << missing, x.significand == 0 ? bottom : exponent};
+  const auto significand = x.significand();
+  const int missing = min(C::fraction_bits - floor_log2(significand), depth);
+  return Magnitude<C>::of(significand << missing, significand == 0 ? bottom : x.exponent - missing);
 }
 
-/// Let it rise to 1 again. The bits that this drops are zero, if the container holds the number.
+/// Let it rise to 0 again. The bits that this drops are zero, if the container holds the number.
 template <class C>
-LOWPREC_INLINE Magnitude<typename C::Word> denormalise(Magnitude<typename C::Word> x, int depth) {
+LOWPREC_INLINE Magnitude<C> denormalise(Magnitude<C> x, int depth) {
   LOWPREC_SKIP_IF(depth == 0, x);
-  const int missing = min(max(1 - x.exponent, 0), depth);
-  return {x.significand >> missing, x.exponent + missing};
+  const int missing = min(max(-x.exponent, 0), depth);
+  return Magnitude<C>::of(x.significand() >> missing, x.exponent + missing);
 }
 
 }  // namespace lowprec

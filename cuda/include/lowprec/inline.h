@@ -13,15 +13,15 @@
 
 // A host loop that is compiled for several instruction sets, of which the machine's best is chosen when it is loaded.
 // So one library serves every x86-64 machine and still uses the vectors it has.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__gnu_linux__) && __GNUC__ >= 12 && !defined(__clang__)
 #define LOWPREC_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define LOWPREC_CLONES
 #endif
 
 // Leave a function early on a condition that is the same for every element of a call. On the device that branch costs
-// next to nothing. A loop on the host turns into vector code only without it, so there the work is done all the same, and
-// must change nothing.
+// next to nothing. A loop on the host turns into vector code only without it, so there the work is done all the same,
+// and must change nothing.
 #ifdef __CUDA_ARCH__
 #define LOWPREC_SKIP_IF(condition, result) \
   if (condition) return result
