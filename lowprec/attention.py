@@ -33,7 +33,7 @@ def scaled_dot_product_attention(
     if is_causal:
         if attn_mask is not None:
             raise ValueError("is_causal=True needs attn_mask=None, got both: each sets the mask")
-        attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
+        attn_mask = _causal(query, key)
     groups = query.size(-3) // key.size(-3) if enable_gqa else 1
     return _attend(roles, query, key, value, attn_mask, dropout_p, scale, groups)[0]
 
@@ -61,6 +61,11 @@ def _attend(
     if dropout > 0:
         probabilities = F.dropout(probabilities, dropout)
     return roles.result(roles.operand(probabilities).to(value.dtype) @ value), probabilities
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """Which of [S] keys each of [L] queries sees: those up to its own place."""
+    return torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -104,7 +109,7 @@ def multi_head_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Projected attention of q [L, N, E], k and v [S, N, E], or all without N -> [L, N, E], weights [N, L, S].
 
-    `is_causal` is a hint there, and not needed here. The weights are the probabilities before rounding.
+    `is_causal` takes the mask's place where torch lets it. The weights are the probabilities before rounding.
     """
     if is_causal and attn_mask is None:
         raise ValueError("is_causal=True needs attn_mask, got None: it says only that the mask is causal")
@@ -123,7 +128,10 @@ def multi_head_attention(
     key, value = key if static_k is None else static_k, value if static_v is None else static_v
     if add_zero_attn:
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
-    mask = _merge(attn_mask, key_padding_mask, num_heads, key.size(1), query.dtype)
+    if is_causal and key_padding_mask is None and not need_weights:
+        mask: Tensor | None = _causal(query, key)
+    else:
+        mask = _merge(attn_mask, key_padding_mask, num_heads, key.size(1), query.dtype)
     y, probabilities = _attend(roles, query, key, value, mask, dropout_p if training else 0.0)
     y = linear(roles, F.linear, y.transpose(0, 1).reshape(length, batch, width), out_proj_weight, out_proj_bias)
     y = y if batched else y.squeeze(1)

@@ -25,7 +25,8 @@ def product(roles: Roles, function: Handler, *args: Any, **kwargs: Any) -> Tenso
     """
     operands = {name: value for name, value in kwargs.items() if name != "out"}
     kwargs |= map_tensors(roles.operand, operands)
-    return roles.result(function(*map_tensors(roles.operand, args), **kwargs))
+    y = function(*map_tensors(roles.operand, args), **kwargs)
+    return y if y is kwargs.get("out") else roles.result(y)
 
 
 def added(op: Callable[[Tensor, Tensor], Tensor]) -> Handler:
@@ -52,7 +53,8 @@ def added(op: Callable[[Tensor, Tensor], Tensor]) -> Handler:
             return torch.mul(roles.result(y), 1, out=out)
         if not is_learnt(input):
             return torch.add(roles.result(y), input, alpha=beta, out=out)
-        return roles.result(torch.add(y, roles.learnt(input).to(y.dtype), alpha=beta, out=out))
+        y = torch.add(y, roles.learnt(input).to(y.dtype), alpha=beta, out=out)
+        return y if y is out else roles.result(y)
 
     return handler
 

@@ -93,7 +93,13 @@ class Region(TorchFunctionMode):
 
 
 def _counting() -> bool:
-    """Whether what runs now counts: not when it is recomputed in a backward pass, exported or run on fake tensors."""
+    """Whether what runs now counts.
+
+    Not when it is recomputed in a backward pass, exported or run on fake tensors, nor inside the transforms of
+    torch.func, which allow no side effects.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
     return torch._C._current_graph_task_id() == -1 and torch._C._get_dispatch_mode(_FAKE) is None
