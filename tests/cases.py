@@ -1,0 +1,91 @@
+"""One row for each registered op: arguments to call it with. A new op takes a row here and has its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowprec.formats import format as lookup
+from lowprec.rounding import Rounding
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op of the namespace `lowprec`, by name, and argument lists that make fresh tensors on a device.
+
+    `pure`: calling it twice with equal arguments gives equal results.
+    """
+
+    name: str
+    arguments: Callable[[torch.device], list[Arguments]]
+    pure: bool = True
+
+    @property
+    def op(self) -> Any:
+        return getattr(torch.ops.lowprec, self.name).default
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _numbers(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.linspace(-9, 9, 60, device=device).to(dtype).reshape(3, 4, 5)
+
+
+def _codes(device: torch.device) -> Tensor:
+    return torch.arange(60, dtype=torch.uint8, device=device).reshape(3, 4, 5)
+
+
+def _modes(device: torch.device, text: str) -> list[Arguments]:
+    """Format, rounding, saturate, seed, offset, random_bits: one mode without a draw, and two draws."""
+    fields = lookup(text).fields
+    seed = torch.tensor(7, device=device)
+    return [
+        (fields, Rounding.nearest_even.number, True, None, None, 32),
+        (fields, Rounding.stochastic.number, False, torch.tensor(7), torch.tensor(8), 8),
+        (fields, Rounding.stochastic.number, True, seed, None, 16),
+    ]
+
+
+def _casts(
+    extra: Callable[[Tensor], Arguments] = lambda x: (), text: str = "e4m3fn"
+) -> Callable[[torch.device], list[Arguments]]:
+    """Every mode on several dtypes and layouts; `extra` makes the last argument, an output, from the first."""
+
+    def arguments(device: torch.device) -> list[Arguments]:
+        x = _numbers(device)
+        inputs = [x, x.double().transpose(0, 2), x.half()[:, ::2], x.bfloat16()[:0], x[0, 0, 0]]
+        return [(each, *how, *extra(each)) for each in inputs for how in _modes(device, text)]
+
+    return arguments
+
+
+CASES = [
+    Case("quantize", _casts()),
+    Case("quantize_out", _casts(lambda x: (torch.empty_like(x),))),
+    Case("quantize_count", _casts(lambda x: (torch.zeros(4, dtype=torch.int64, device=x.device),))),
+    Case("encode", _casts(text="1-5-6:specials=ieee")),
+    Case("encode_out", _casts(lambda x: (torch.empty_like(x, dtype=torch.uint8),))),
+    Case(
+        "decode",
+        lambda device: [
+            (codes, lookup("e4m3fn").fields, dtype)
+            for codes in (_codes(device), _codes(device).transpose(0, 1), _codes(device)[0, 0, 0])
+            for dtype in (torch.float32, torch.bfloat16)
+        ],
+    ),
+    Case(
+        "decode_out",
+        lambda device: [
+            (_codes(device), lookup("e4m3fn").fields, torch.empty(3, 4, 5, dtype=dtype, device=device))
+            for dtype in (torch.float64, torch.float16)
+        ],
+    ),
+    Case("draw_seed", lambda device: [()], pure=False),
+]
