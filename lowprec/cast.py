@@ -270,6 +270,8 @@ def _draw(
             "be frozen, and every replay would draw the same bits"
         )
     if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         seed = torch.empty((), dtype=torch.int64, device=generator.device).random_(generator=generator)
     elif seed is None:
         seed = _ops.draw_seed()
@@ -309,9 +311,15 @@ def _write(op: Callable[..., None], x: Tensor, args: tuple[Any, ...], out: Tenso
     if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise ValueError("out= is not differentiable: detach the tensors or use torch.no_grad()")
     if not torch.compiler.is_compiling():
+        _require_unbatched(x, out)
         _require_apart(x, out)
     op(x, *args, out)
     return out
+
+
+def _require_unbatched(*tensors: Tensor) -> None:
+    if any(torch._C._functorch.is_batchedtensor(tensor) for tensor in tensors):
+        raise ValueError("out= is not vmappable: cast without it under torch.vmap")
 
 
 def _require_apart(x: Tensor, out: Tensor) -> None:
