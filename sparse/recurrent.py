@@ -56,25 +56,33 @@ class Saved(NamedTuple):
     """What the gradient of a timestep reads.
 
     operands: what each linear map was given; norms: of each; first: LN_0(W_0 h), before its product with m;
-    gates: their inputs [R, N, 4, H]; before, after: c on both sides of the step.
+    gates: σ(i), σ(f), σ(o) [R, N, 3, H]; update: tanh(u); before: c before the step; squashed: tanh(c) after it.
     """
 
     operands: tuple[Tensor, ...]
     norms: tuple[Norm | None, ...]
     first: Tensor | None
     gates: Tensor
+    update: Tensor
     before: Tensor
-    after: Tensor
+    squashed: Tensor
+
+
+class Back(NamedTuple):
+    """Gradients of a linear map: of its product z [R, N, G, H], rounded; of its gain and bias [R, 1, G, H]."""
+
+    z: Tensor
+    gain: Tensor | None
+    bias: Tensor
 
 
 class Gradients(NamedTuple):
-    """Of a timestep: of h and c before it, of its inputs, and of each linear map's output y and product z."""
+    """Gradients of a timestep: of h and c before it, of its inputs, and of each linear map."""
 
     h: Tensor
     c: Tensor
     inputs: Tensor
-    y: tuple[Tensor, ...]
-    z: tuple[Tensor, ...]
+    maps: tuple[Back, ...]
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
@@ -122,19 +130,21 @@ class Cell:
         normal, mean, scale = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
         return self.round(torch.addcmul(p.bias, normal, p.gain)), Norm(self.hold(z), mean, scale)
 
-    def linear_back(self, dy: Tensor, p: Linear, norm: Norm | None) -> tuple[Tensor, Tensor]:
-        """The gradient of the output y [R, N, G, H], rounded, and that of the product z, rounded too."""
+    def linear_back(self, dy: Tensor, p: Linear, norm: Norm | None) -> Back:
+        """The gradient of `linear` from that of its output; this and the product's are rounded."""
         dy = self.round_grad(dy)
+        bias = dy.sum(1, keepdim=True)
         if norm is None or p.gain is None:
-            return self.hold(dy), self.hold(dy)
+            return Back(self.hold(dy), None, bias)
         z, shape, mask = norm.z.to(self.wide), norm.z.shape[-1:], [True, False, False]
         dz = layer_norm_back(dy * p.gain, z, shape, norm.mean, norm.scale, None, None, mask)[0]
-        return self.hold(dy), self.hold(self.round_grad(dz))
+        gain = (dy * ((z - norm.mean) * norm.scale)).sum(1, keepdim=True)
+        return Back(self.hold(self.round_grad(dz)), gain, bias)
 
     def _step(
         self, h: Tensor, c: Tensor, inputs: Tensor, maps: tuple[Linear, ...], keep: Tensor | None
-    ) -> tuple[Tensor, Saved]:
-        """One timestep: h, as it is stored, and c [R, N, H] -> the next h; the next c is `saved.after`."""
+    ) -> tuple[Tensor, Tensor, Saved]:
+        """One timestep: h, as it is stored, and c [R, N, H] -> the next ones."""
         operands, norms, first = [h], [], None
         for k, p in enumerate(maps[:-1]):
             y, norm = self.linear(operands[-1], p)
@@ -146,27 +156,24 @@ class Cell:
                 y = self.round(y + inputs[..., 1, :]).relu() if k == 1 else y.relu()
             norms.append(norm)
             operands.append(self.hold(y))
-        gates, norm = self.linear(operands[-1], maps[-1])
-        gates = gates + inputs if first is None else self.hold(gates)
-        (i, f, o), u = self._activate(gates, keep)
+        y, norm = self.linear(operands[-1], maps[-1])
+        y = y + inputs if first is None else y
+        gates, u = y[..., :3, :].sigmoid(), y[..., 3, :]
+        u = (u if keep is None else u * keep).tanh()
+        i, f, o = gates.unbind(-2)
         after = torch.addcmul(f * c, i, u)
-        h = self.hold(self.round(o * after.tanh()))
-        return h, Saved(tuple(operands), (*norms, norm), first, gates, c, after)
-
-    def _activate(self, gates: Tensor, keep: Tensor | None) -> tuple[Sequence[Tensor], Tensor]:
-        gates = gates.to(self.wide)
-        u = gates[..., 3, :]
-        return gates[..., :3, :].sigmoid().unbind(-2), (u if keep is None else u * keep).tanh()
+        squashed = after.tanh()
+        h = self.hold(self.round(o * squashed))
+        return h, after, Saved(tuple(operands), (*norms, norm), first, gates, u, c, squashed)
 
     def _step_back(
         self, dh: Tensor, dc: Tensor, saved: Saved, inputs: Tensor, maps: tuple[Linear, ...], keep: Tensor | None
     ) -> Gradients:
         """The gradient of a timestep, from those of h and c after it."""
-        dx, dc = self._gates_back(dh, dc, saved, keep)
-        dy, dz = self.linear_back(dx, maps[-1], saved.norms[-1])
-        dys, dzs, dinputs = [dy], [dz], [dx]
+        dgates, dc = self._gates_back(dh, dc, saved, keep)
+        backs, dinputs = [self.linear_back(dgates, maps[-1], saved.norms[-1])], [dgates]
         for k in reversed(range(len(maps) - 1)):
-            dx = product(dz.flatten(-2), maps[k + 1].weight.mT)
+            dx = product(backs[0].z.flatten(-2), maps[k + 1].weight.mT)
             if k == 0:
                 assert saved.first is not None
                 dinputs = [dx * saved.first, *dinputs]
@@ -174,30 +181,22 @@ class Cell:
             else:
                 dx = dx * (saved.operands[k + 1] > 0)
                 dinputs = [dx]
-            dy, dz = self.linear_back(dx.unsqueeze(-2), maps[k], saved.norms[k])
-            dys, dzs = [dy, *dys], [dz, *dzs]
-        dh = product(dz.flatten(-2), maps[0].weight.mT)
-        return Gradients(dh, dc, torch.stack(dinputs, -2) if len(maps) > 1 else dx, tuple(dys), tuple(dzs))
+            backs.insert(0, self.linear_back(dx.unsqueeze(-2), maps[k], saved.norms[k]))
+        dh = product(backs[0].z.flatten(-2), maps[0].weight.mT)
+        return Gradients(dh, dc, torch.stack(dinputs, -2) if len(maps) > 1 else dgates, tuple(backs))
 
     def _gates_back(self, dh: Tensor, dc: Tensor, saved: Saved, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """The gradients of the gates' inputs and of c before the step."""
-        (i, f, o), u = self._activate(saved.gates, keep)
-        squashed = saved.after.tanh()
-        dc = dc + tanh_back(dh * o, squashed)
+        (i, f, o), u = saved.gates.unbind(-2), saved.update
+        dc = dc + tanh_back(dh * o, saved.squashed)
         du = tanh_back(dc * i, u)
-        parts = (dc * u, i), (dc * saved.before, f), (dh * squashed, o)
+        parts = (dc * u, i), (dc * saved.before, f), (dh * saved.squashed, o)
         gates = [sigmoid_back(grad, gate) for grad, gate in parts]
         return torch.stack([*gates, du if keep is None else du * keep], -2), dc * f
 
-    def map_back(self, x: Tensor, z: Tensor | None, dy: Tensor, dz: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gradients of a weight, its gain and its bias, from all rows of a chunk; z is None without layer norm."""
-        weight = self.round_weight_grad(product(x.mT, dz.flatten(-2)))
-        dy = dy.to(self.wide)
-        bias = dy.sum(1, keepdim=True)
-        if z is None:
-            return weight, None, bias
-        normal = torch.native_layer_norm(z.to(self.wide), z.shape[-1:], None, None, EPS)[0]
-        return weight, (dy * normal).sum(1, keepdim=True), bias
+    def weight_back(self, x: Tensor, dz: Tensor) -> Tensor:
+        """The gradient of a weight, from all rows of a chunk at once: formed, then rounded."""
+        return self.round_weight_grad(product(x.mT, dz.flatten(-2)))
 
 
 @lru_cache(maxsize=256)
@@ -221,8 +220,7 @@ class Chunk(torch.autograd.Function):
         inputs = (cell.hold(y) if norm else y).view(*x.shape[:3], *y.shape[-2:]).unbind(1)
         h, hs, tape = cell.hold(cell.round(h)), [], []
         for inputs_t, keep_t in zip(inputs, keeps, strict=True):
-            h, saved = cell.step(h, c, inputs_t, maps, keep_t)
-            c = saved.after
+            h, c, saved = cell.step(h, c, inputs_t, maps, keep_t)
             hs.append(h)
             tape.append(saved)
         ctx.cell, ctx.first, ctx.rows, ctx.norm = cell, first, rows, norm
@@ -240,13 +238,13 @@ class Chunk(torch.autograd.Function):
             dh, dc = step.h, step.c
             back.append(step)
         back.reverse()
-        dy, dz = cell.linear_back(_rows([step.inputs for step in back]), ctx.first, ctx.norm)
-        dx = product(dz.flatten(-2), ctx.first.weight.mT).view(*dhs.shape[:3], -1)
-        parameters = [*cell.map_back(ctx.rows, ctx.norm and ctx.norm.z, dy, dz)]
+        first = cell.linear_back(_rows([step.inputs for step in back]), ctx.first, ctx.norm)
+        dx = product(first.z.flatten(-2), ctx.first.weight.mT).view(*dhs.shape[:3], -1)
+        parameters = [cell.weight_back(ctx.rows, first.z), first.gain, first.bias]
         for k in range(len(ctx.maps)):
             x = _rows([saved.operands[k] for saved in ctx.tape])
-            z = _rows([saved.norms[k].z for saved in ctx.tape]) if ctx.norm else None
-            parameters += cell.map_back(x, z, _rows([step.y[k] for step in back]), _rows([step.z[k] for step in back]))
+            z, gain, bias = zip(*(step.maps[k] for step in back), strict=True)
+            parameters += [cell.weight_back(x, _rows(z)), gain[0] if gain[0] is None else sum(gain), sum(bias)]
         return None, dx, dh, dc, None, *parameters
 
 

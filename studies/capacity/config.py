@@ -17,7 +17,7 @@ QUICK: dict[str, Any] = {
     "steps": 3,
     "batch": 32,
     "length": 16,
-    "epochs": 0.56,
+    "epochs": 0.51,
     "lr": 1e-2,
     "warmup": 50,
     "device": "cpu",
