@@ -156,10 +156,13 @@ def test_bits_above_the_format_are_ignored(device: torch.device) -> None:
     "split", [(ebits, mbits) for ebits in range(8) for mbits in range(8 - ebits) if ebits + mbits], ids=str
 )
 def test_a_dtype_that_cannot_hold_a_format_is_refused(split: tuple[int, int]) -> None:
-    """Exactly where some value changes in the dtype: every format up to 8 bits, biases over float16's whole range."""
+    """Exactly where some value changes in the dtype: every format up to 8 bits, biases over float16's whole range.
+
+    Formats of a single magnitude aside, of which the kernels ask for a spacing too.
+    """
     for specials, subnormals in itertools.product(SPECIALS, (True, False)):
         plain = possible(*split, specials=specials, subnormals=subnormals)
-        for bias in range(-23, 40, 6) if plain else ():
+        for bias in range(-23, 40, 6) if plain and len(plain.values()) > 3 else ():
             fmt = plain.with_bias(bias)
             for dtype in DTYPES:
                 if holds(fmt, dtype):

@@ -44,6 +44,14 @@ def test_sparse_tensors(cast: Callable[..., Tensor]) -> None:
             cast(x, "e4m3fn")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("cast", CASTS)
+def test_nested_tensors(cast: Callable[..., Tensor]) -> None:
+    for layout in (torch.jagged, torch.strided):
+        with pytest.raises(TypeError, match="x must be a dense tensor"):
+            cast(torch.nested.nested_tensor([X, X], layout=layout), "e4m3fn")
+
+
 @pytest.mark.parametrize("cast", CASTS)
 def test_empty_tensors_nan_and_infinity_are_clean(cast: Callable[..., Tensor]) -> None:
     for shape in ((0,), (2, 0, 3), ()):

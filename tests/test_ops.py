@@ -72,6 +72,33 @@ def test_no_op_keeps_or_returns_its_inputs(case: Case, device: torch.device) -> 
             assert_bits_equal(first, second)
 
 
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_tensors_without_data(kind: str) -> None:
+    """They go through the public functions, with formats that are met for the first time."""
+    bias = {"meta": 40, "fake": 43}[kind]
+    with FakeTensorMode() if kind == "fake" else torch.device("meta"):
+        x = torch.empty(3, 4).t()
+        codes = lp.encode(x, f"1-4-3:bias={bias}", **STOCHASTIC)
+        assert (codes.shape, codes.stride(), codes.device) == (x.shape, x.stride(), x.device)
+        assert lp.decode(codes, f"1-4-3:bias={bias + 1}").device == x.device
+        values = lp.quantize(x, f"1-4-3:bias={bias + 2}", rounding="stochastic")
+        assert lp.quantize(x, "1-4-3", out=values) is values
+
+
+def test_a_default_device_changes_nothing(device: torch.device) -> None:
+    """Seeds are drawn on the CPU, formats are checked nowhere, whatever the device of new tensors."""
+    x = torch.randn(100)
+    torch.manual_seed(5)
+    expected = [lp.quantize(x, "1-4-3", rounding="stochastic"), lp.quantize(x, "1-4-3", **STOCHASTIC)]
+    for other in ("meta", device):
+        torch.manual_seed(5)
+        with torch.device(other):
+            found = [lp.quantize(x, "1-4-3", rounding="stochastic"), lp.quantize(x, "1-4-3", **STOCHASTIC)]
+            lp.encode(x, f"1-5-2:bias={len(str(other)) + 9}")
+        for one, two in zip(found, expected, strict=True):
+            assert_bits_equal(one, two)
+
+
 # Gradients.
 
 
