@@ -103,7 +103,7 @@ def _decode_out(codes: Tensor, format: list[int], out: Tensor) -> None:
 
 
 def _draw_seed() -> Tensor:
-    return torch.empty((), dtype=torch.int64).random_()
+    return torch.empty((), dtype=torch.int64, device="cpu").random_()
 
 
 def _fake_none(*args: Any) -> None:
@@ -123,7 +123,7 @@ def _fake_decode(codes: Tensor, format: list[int], dtype: torch.dtype) -> Tensor
 
 
 def _fake_seed() -> Tensor:
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 _define(f"quantize({_CAST}) -> Tensor", _eager(eager.quantize), _fake_values)

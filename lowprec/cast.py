@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -209,7 +210,7 @@ def _cached_fields(fmt: FloatFormat, dtype: torch.dtype | None) -> str:
 
 def _require_holds(fmt: FloatFormat, dtype: torch.dtype) -> None:
     for value in _hardest(fmt):
-        if torch.tensor(value, dtype=torch.float64).to(dtype).item() != value:
+        if not _holds(dtype, value):
             raise ValueError(f"{dtype} cannot hold {value!r}, a value of {fmt}: use a wider dtype, or encode")
 
 
@@ -220,10 +221,18 @@ def _hardest(fmt: FloatFormat) -> list[float]:
     return [fmt.magnitude(code) for code in sorted(codes) if code <= fmt.max_code]
 
 
+def _holds(dtype: torch.dtype, value: float) -> bool:
+    """Whether a dtype has a finite nonzero value. Told from its fields: tensors may be fake here, or have no data."""
+    precision, bias, _ = CONTAINERS[dtype]
+    mantissa, exponent = math.frexp(value)
+    last = max(exponent - precision, 2 - bias - precision)  # the exponent of the last bit that the dtype has there
+    return exponent <= bias + 1 and exponent > last and math.ldexp(mantissa, exponent - last).is_integer()
+
+
 def _require_float(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in CONTAINERS or x.layout != torch.strided:
+    if x.dtype not in CONTAINERS or x.layout != torch.strided or x.is_nested:
         raise TypeError(f"{name} must be a dense tensor of {_names(CONTAINERS)}, got {x.dtype} ({x.layout})")
 
 
@@ -294,7 +303,7 @@ def _word(x: Tensor, name: str, value: int | Tensor) -> Tensor | None:
         raise TypeError(f"{name} must be an int or a 0-dim int64 tensor, got {value!r}")
     if not -(2**63) <= value < 2**63:
         value = (value + 2**63) % 2**64 - 2**63
-    return torch.tensor(value, dtype=torch.int64) if value else None
+    return torch.tensor(value, dtype=torch.int64, device="cpu") if value else None
 
 
 # Writing into a given tensor.
@@ -326,16 +335,15 @@ def _require_apart(x: Tensor, out: Tensor) -> None:
     """ValueError where writing one element of `out` would change another one, or an element of x not yet read."""
     if out.numel() and any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
         raise ValueError("out must not be expanded: several of its elements share one place in memory")
-    same = x.data_ptr() == out.data_ptr() and x.stride() == out.stride() and x.dtype == out.dtype
-    first, last = _span(x)
-    begin, end = _span(out)
+    (first, last), (begin, end) = here, there = _span(x), _span(out)
+    same = here == there and x.stride() == out.stride() and x.dtype == out.dtype
     if not same and x.device == out.device and first < end and begin < last:
         raise ValueError("out must be x itself or share no memory with it")
 
 
 def _span(x: Tensor) -> tuple[int, int]:
-    """First byte and one past the last byte that a tensor reaches."""
-    if x.numel() == 0:
+    """First byte and one past the last byte that a tensor reaches; none if it has no elements or no data."""
+    if x.numel() == 0 or x.is_meta or hasattr(x, "fake_mode"):
         return 0, 0
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
     return x.data_ptr(), x.data_ptr() + reach * x.element_size()
