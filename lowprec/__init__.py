@@ -7,8 +7,9 @@ for any model. This page is the public API.
 from lowprec.cast import decode, encode, quantize
 from lowprec.formats import FloatFormat, format
 from lowprec.policy import Policy, recipes
+from lowprec.report import report
 from lowprec.rounding import Rounding
-from lowprec.wrap import report, unwrap, wrap
+from lowprec.wrap import unwrap, wrap
 
 __version__ = "0.1.0"
 

@@ -36,10 +36,10 @@ HANDLERS = {
 _PRODUCT = re.compile(
     r"mm(_|$)|mv(_|$)|matmul|linear|conv|dot(_|$)|einsum|attention|attn|rnn|lstm|gru(_|$)|embedding|cdist|pdist|inner$"
     r"|outer$|(^|_)ger$|kron$|addr(_|$)|cov$|corrcoef|matrix_(exp|power)|lowrank|lobpcg|householder|ormqr|multi_dot"
-    r"|encoder_layer|gemm|solve|inverse$|(^|_)p?inv(_|$)|tensorinv|tensordot|vecdot|lstsq|matrix_multiply"
+    r"|encoder_layer|gemm|(^|_|sp|tensor)solve(_|$)|inverse$|(^|_)p?inv(_|$)|tensorinv|tensordot|vecdot|lstsq|matrix_multiply"
 )
 _OTHERWISE = re.compile(
-    r"loss$|^_?upsample|renorm|affine|return_inverse|slice_inverse|quantize|pack|convert|search|flatten|reorder|precision"
+    r"loss$|^_?upsample|renorm|affine|return_inverse|slice_inverse|quantize(_|$)|pack|convert|search|flatten|reorder|precision"
     r"|linear_combination|convolution_mode|semi_structured_(apply|tile)|backward|nested|weights$"
 )
 _PLACES = {

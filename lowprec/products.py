@@ -25,8 +25,8 @@ def product(roles: Roles, function: Handler, *args: Any, **kwargs: Any) -> Tenso
     """
     operands = {name: value for name, value in kwargs.items() if name != "out"}
     kwargs |= map_tensors(roles.operand, operands)
-    y = function(*map_tensors(roles.operand, args), **kwargs)
-    return y if y is kwargs.get("out") else roles.result(y)
+    y: Tensor = function(*map_tensors(roles.operand, args), **kwargs)
+    return roles.result(y) if kwargs.get("out") is None else y
 
 
 def added(op: Callable[[Tensor, Tensor], Tensor]) -> Handler:
@@ -171,5 +171,5 @@ HANDLERS |= {function: (name, product) for name in _MATRIX for function in _both
 HANDLERS |= {getattr(torch.linalg, name): (name, product) for name in _LINALG}
 HANDLERS |= {getattr(F, name): (name, convolution) for name in _CONVOLUTIONS}
 HANDLERS |= {function: (name, added(op)) for name, op in _ADDED.items() for function in _both(name)}
-HANDLERS |= {getattr(Tensor, f"{name}_"): (name, added_in_place(op)) for name, op in _ADDED.items()}
+HANDLERS |= {function: (name, added_in_place(op)) for name, op in _ADDED.items() for function in _both(f"{name}_")}
 """What is covered here: torch's function, the name that a report gives it, and its handler."""

@@ -101,8 +101,8 @@ def network(kind: type[Layer]) -> Handler:
             sizes, args = args[0].tolist(), args[1:]
         hx, params, has_biases, layers, dropout, train, bidirectional, *batch_first = args
         across = bool(batch_first) and batch_first[0]
-        if not input.numel():
-            raise ValueError(f"input must have at least one step and one sequence, got shape {tuple(input.shape)}")
+        if not input.size(1 if across else 0):
+            raise ValueError(f"input must have at least one step, got shape {tuple(input.shape)}")
         states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         groups = _groups(roles, kind, params, has_biases, layers * (1 + bidirectional))
         y, states = _run(

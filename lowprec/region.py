@@ -62,10 +62,19 @@ class Region(TorchFunctionMode):
             if is_unfit(x):
                 self.miss(f"{KINDS[kind]} of {x.dtype} ({x.layout})")
                 return func(*args, **kwargs)
-        counts = self._counters(kind, operands[0])
-        if counts is not None:
+        return handler(self._roles(kind, operands[0]), func, *args, **kwargs)
+
+    def _roles(self, kind: int, x: Tensor) -> Roles:
+        """The roles of a product, and where to count it: on the device of its operands."""
+        if x.is_meta or not _counting():
+            return Roles(self.formats)
+        if self.counts.device != x.device:
+            with torch.inference_mode(False):
+                self._keep(self.counts.to(x.device))
+        counts, again = self.counts[kind], _recomputing()
+        if not again:
             counts[0, 0].add_(1)
-        return handler(Roles(self.formats, counts), func, *args, **kwargs)
+        return Roles(self.formats, counts, again=again)
 
     def miss(self, name: str) -> None:
         """Refuse or remember something that is not covered."""
@@ -77,15 +86,6 @@ class Region(TorchFunctionMode):
         if name not in self.missed:
             self.missed = (*self.missed, name)
 
-    def _counters(self, kind: int, x: Tensor) -> Tensor | None:
-        """Where to count a product, on the device of its operands."""
-        if x.is_meta or not _counting():
-            return None
-        if self.counts.device != x.device:
-            with torch.inference_mode(False):
-                self._keep(self.counts.to(x.device))
-        return self.counts[kind]
-
     def _keep(self, counts: Tensor) -> None:
         self.counts = counts
         # What `torch._dynamo.mark_static_address` sets, without importing the compiler: a CUDA graph may write here.
@@ -93,16 +93,17 @@ class Region(TorchFunctionMode):
 
 
 def _counting() -> bool:
-    """Whether what runs now counts.
-
-    Not when it is recomputed in a backward pass, exported or run on fake tensors, nor inside the transforms of
-    torch.func, which allow no side effects.
-    """
+    """Whether what runs now counts: not inside torch.func's transforms, exported or on fake tensors."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return torch._C._current_graph_task_id() == -1 and torch._C._get_dispatch_mode(_FAKE) is None
+    return torch._C._get_dispatch_mode(_FAKE) is None
+
+
+def _recomputing() -> bool:
+    """Whether this runs inside a backward pass, as activation checkpointing does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def take() -> tuple[Region | None, int]:

@@ -5,7 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lowprec.policy import ROLES, Formats
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lowprec.coverage import KINDS
+from lowprec.entry import entry_of
+from lowprec.policy import ROLES, Formats, and_above
+from lowprec.region import Region
+
+
+def report(model: nn.Module) -> Report:
+    """What a policy did in a wrapped model since it was wrapped, and what it does not cover; `str()` is a table.
+
+    Raises:
+        ValueError: for a model that is not wrapped, or under an empty policy.
+    """
+    wrapped = list(_wrapped(model))
+    if not wrapped:
+        raise ValueError("model is under no policy: lowprec.wrap puts it under one, and an empty one does nothing")
+    regions = [(path, module, region) for path, module, region in wrapped if region is not None]
+    outside = [(path, module) for path, module, region in wrapped if region is None]
+    computed = [path for path, module in outside if isinstance(module, ParametrizationList)]
+    overridden = [path for path, _ in outside if not {*computed}.intersection(and_above(path))]
+    rows = [row for path, module, region in regions for row in _rows(path, module, region)]
+    busy = {row.path for row in rows}
+    return Report(
+        rows=tuple(rows),
+        not_covered=tuple(f"{name} in {path or '(model)'}" for path, _, region in regions for name in region.missed),
+        overridden=tuple(path for path in overridden if path.rpartition(".")[0] not in overridden),
+        computed=tuple(computed),
+        elementwise=tuple(path for path, module, _ in regions if path not in busy and _holds_parameters(module)),
+    )
 
 
 @dataclass(frozen=True)
@@ -78,6 +109,7 @@ class Report:
         rows: every op that ran, and every module known to be one that has not run yet.
         not_covered: what holds a product or weights and the policy does not reach, by op and module path.
         overridden: the modules that an override leaves in full precision.
+        computed: parametrizations, which compute a weight in full precision before it is rounded.
         elementwise: modules with parameters of their own that no product was seen to use: normalisations, say. By the
             contract they stay in full precision.
     """
@@ -85,6 +117,7 @@ class Report:
     rows: tuple[Row, ...]
     not_covered: tuple[str, ...]
     overridden: tuple[str, ...]
+    computed: tuple[str, ...]
     elementwise: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -94,9 +127,61 @@ class Report:
         yield "NOT covered: " + ("; ".join(self.not_covered) or "nothing that was seen") + "."
         if self.overridden:
             yield f"Full precision, by an override: {_listed(self.overridden)}."
+        if self.computed:
+            yield f"Full precision, where a weight is computed from parameters: {_listed(self.computed)}."
         if self.elementwise:
             yield f"Full precision, with parameters that no product was seen to use: {_listed(self.elementwise)}."
 
+
+# Gathering what the regions know.
+
+_KIND_OF: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Bilinear: "bilinear",
+    nn.Embedding: "embedding",
+    nn.EmbeddingBag: "embedding_bag",
+    nn.MultiheadAttention: "multi_head_attention",
+    nn.LSTM: "lstm",
+    nn.GRU: "gru",
+    nn.RNN: "rnn",
+    nn.LSTMCell: "lstm_cell",
+    nn.GRUCell: "gru_cell",
+    nn.RNNCell: "rnn_cell",
+}
+_KIND_OF |= {
+    getattr(nn, f"Conv{form}{n}d"): f"conv{form and '_transpose'}{n}d" for form in ("", "Transpose") for n in (1, 2, 3)
+}
+_PARTS = (NonDynamicallyQuantizableLinear, ParametrizationList)
+"""Modules that only hold the parameters of the module around them."""
+
+
+def _wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region | None]]:
+    for path, module in model.named_modules():
+        entry = entry_of(module)
+        if entry is not None:
+            yield path, module, entry.region
+
+
+def _rows(path: str, module: nn.Module, region: Region) -> Iterator[Row]:
+    own = _kind_of(module)
+    for kind, (first, *roles) in zip(KINDS, region.counts.tolist(), strict=True):
+        if first[0] or kind == own:
+            counts = {role: Count(*row) for role, row in zip(ROLES, roles, strict=True)}
+            yield Row(path, kind, region.formats, first[0], counts)
+
+
+def _kind_of(module: nn.Module) -> str | None:
+    """The op that a module of torch's own is there to call."""
+    if isinstance(module, _PARTS):
+        return None
+    return next((kind for base, kind in _KIND_OF.items() if isinstance(module, base)), None)
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return not isinstance(module, _PARTS) and any(True for _ in module.parameters(recurse=False))
+
+
+# Writing it down.
 
 _SHORT = ("a", "w", "da", "dw")
 _HEAD = ("module", "op", "formats", "calls", *_SHORT, *_SHORT)

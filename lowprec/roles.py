@@ -27,11 +27,13 @@ class Roles:
     Args:
         formats: the format of each role, or None.
         counts: where to count, int64 of shape `COUNTERS`, on the operands' device; None counts nothing.
+        again: whether this is a recomputation, whose forward pass has been counted.
     """
 
-    def __init__(self, formats: Formats, counts: Tensor | None) -> None:
+    def __init__(self, formats: Formats, counts: Tensor | None = None, *, again: bool = False) -> None:
         self.formats = formats
-        self.counts = counts
+        self.backward_counts = counts
+        self.forward_counts = None if again else counts
 
     def operand(self, x: Tensor) -> Tensor:
         """Round an operand: as a weight if it is learnt, else as an activation. Integers and masks stay."""
@@ -63,15 +65,14 @@ class Roles:
     def _round(self, x: Tensor, forward: str | None, backward: str | None) -> Tensor:
         if not x.is_floating_point():
             return x
-        return round_both(x, *self._role(forward), *self._role(backward))
+        forwards = self._role(forward, self.forward_counts)
+        return round_both(x, *forwards, *self._role(backward, self.backward_counts))
 
-    def _role(self, role: str | None) -> tuple[str | None, Tensor | None]:
+    def _role(self, role: str | None, counts: Tensor | None) -> tuple[str | None, Tensor | None]:
         """A role's format and its counters."""
-        if role is None:
-            return None, None
-        index = ROLES.index(role)
-        format = self.formats[index]
-        return format, None if format is None or self.counts is None else self.counts[1 + index]
+        index = -1 if role is None else ROLES.index(role)
+        format = None if role is None else self.formats[index]
+        return format, None if format is None or counts is None else counts[1 + index]
 
 
 def is_learnt(x: Tensor) -> bool:
@@ -105,7 +106,7 @@ def round_both(
 
 
 def _round(x: Tensor, format: str, counts: Tensor | None) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         _fields(format, torch.get_autocast_dtype(x.device.type))
     fields = _fields(format, x.dtype)
     args = (x, fields, _NEAREST_EVEN, fields[3] != _IEEE, None, None, 32)
@@ -150,9 +151,7 @@ class EagerRoundBoth(RoundBoth):
         # An embedding's sparse gradient lists a row once for every use: it is formed when the uses are summed.
         grad = grads[0].coalesce()
         values = round_both(grad.values(), ctx.format, ctx.counts, None, None)
-        formed = torch.sparse_coo_tensor(
-            grad.indices(), values, grad.shape, is_coalesced=True, check_invariants=False
-        )
+        formed = torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True, check_invariants=False)
         return formed, None, None, None, None
 
     @staticmethod

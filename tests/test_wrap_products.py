@@ -78,7 +78,12 @@ PRODUCTS = [
     pair("conv2d", lambda x, w: F.conv2d(x, w, stride=2, groups=2), (2, 4, 7, 7), (6, 2, 3, 3)),
     pair("conv3d", lambda x, w: F.conv3d(x, w, dilation=2), (1, 2, 6, 6, 6), (3, 2, 2, 2, 2)),
     pair("conv_transpose1d", lambda x, w: F.conv_transpose1d(x, w, stride=2), (2, 4, 9), (4, 6, 3)),
-    pair("conv_transpose2d", lambda x, w: F.conv_transpose2d(x, w, output_padding=1, stride=2), (2, 4, 5, 5), (4, 3, 3, 3)),
+    pair(
+        "conv_transpose2d",
+        lambda x, w: F.conv_transpose2d(x, w, output_padding=1, stride=2),
+        (2, 4, 5, 5),
+        (4, 3, 3, 3),
+    ),
     pair("conv_transpose3d", F.conv_transpose3d, (1, 2, 4, 4, 4), (2, 3, 2, 2, 2)),
     pair("convolution", lambda x, w: torch.convolution(x, w, None, [1], [0], [1], False, [0], 1), (2, 4, 9), (6, 4, 3)),
 ]
@@ -399,7 +404,9 @@ def test_channels_last_is_kept() -> None:
 
 
 def test_the_result_may_be_changed_in_place() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3, bias=False), nn.ReLU(inplace=True))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3, bias=False), nn.ReLU(inplace=True)
+    )
     lp.wrap(model, POLICY)
     model(normal(2, 3, 8, 8)).sum().backward()
     module = lp.wrap(Call(lambda x, w: (x @ w).mul_(2).relu_(), normal(4, 4)), POLICY)

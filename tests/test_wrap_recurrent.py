@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lowprec as lp
 from tests.oracle import DA, DW, POLICY, A, W, back, leaves
@@ -96,7 +95,15 @@ def test_given_states(kind: str, batched: bool) -> None:
     assert_same(network, lambda network, x: network(x, hx), torch.randn(6, 3, 4) if batched else torch.randn(6, 4))
 
 
-@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell, lambda *a, **k: nn.RNNCell(*a, **k, nonlinearity="relu")])
+CELLS: dict[str, Callable[..., nn.RNNCellBase]] = {
+    "lstm": nn.LSTMCell,
+    "gru": nn.GRUCell,
+    "tanh": nn.RNNCell,
+    "relu": lambda *sizes, **options: nn.RNNCell(*sizes, nonlinearity="relu", **options),
+}
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_cells(cell: Callable[..., nn.RNNCellBase], bias: bool) -> None:
     def call(network: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
@@ -227,5 +234,7 @@ def test_autocast(kind: str) -> None:
 
 
 def test_an_empty_sequence_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"at least one step and one sequence, got shape \(0, 3, 4\)"):
-        lp.wrap(nn.LSTM(4, 5), POLICY)(torch.randn(0, 3, 4))
+    network = lp.wrap(nn.LSTM(4, 5), POLICY)
+    with pytest.raises(ValueError, match=r"at least one step, got shape \(0, 3, 4\)"):
+        network(torch.randn(0, 3, 4))
+    assert network(torch.randn(3, 0, 4))[0].shape == (3, 0, 5)
