@@ -97,17 +97,7 @@ struct Cpu {
   }
 };
 
-using Ops = CastOps<Cpu>;
-
-STABLE_TORCH_LIBRARY_IMPL(lowprec, CPU, library) {
-  library.impl("quantize", TORCH_BOX(&Ops::quantize));
-  library.impl("quantize_out", TORCH_BOX(&Ops::quantize_out));
-  library.impl("quantize_count", TORCH_BOX(&Ops::quantize_count));
-  library.impl("encode", TORCH_BOX(&Ops::encode));
-  library.impl("encode_out", TORCH_BOX(&Ops::encode_out));
-  library.impl("decode", TORCH_BOX(&Ops::decode));
-  library.impl("decode_out", TORCH_BOX(&Ops::decode_out));
-}
+STABLE_TORCH_LIBRARY_IMPL(lowprec, CPU, library) { register_casts<Cpu>(library); }
 
 }  // namespace
 }  // namespace lowprec

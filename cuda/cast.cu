@@ -11,7 +11,10 @@ namespace lowprec {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlocksPerMultiprocessor = 32;  // four times what runs at once, so that no multiprocessor ends early
+// Blocks that a multiprocessor is to hold at once: the registers that this leaves a thread are those that it needs.
+template <class Op>
+constexpr int kBlocksAtOnce = Op::random ? 5 : 6;
+constexpr int64_t kBlocksPerMultiprocessor = 32;  // several times what it holds, so that none ends early
 
 /// A 64-bit word that the kernel reads when it runs, where the tensor is on the device: a replayed graph sees its new
 /// value. From the CPU it is read at the launch.
@@ -50,28 +53,6 @@ struct alignas(std::min<size_t>(sizeof(T) * kWidth, 16)) Chunk {
 template <class Op>
 constexpr int chunk_width = std::max<int>(16 / std::max(sizeof(typename Op::Input), sizeof(typename Op::Output)), 4);
 
-/// The chunk at `from`, of which `left` elements exist; zeros stand for the others.
-template <int kWidth, class T>
-__device__ Chunk<T, kWidth> load(const T* from, int64_t left, bool aligned) {
-  if (aligned && left >= kWidth) return *reinterpret_cast<const Chunk<T, kWidth>*>(from);
-  Chunk<T, kWidth> chunk;
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) chunk.at[i] = i < left ? from[i] : T{0};
-  return chunk;
-}
-
-template <int kWidth, class T>
-__device__ void store(T* to, const Chunk<T, kWidth>& chunk, int64_t left, bool aligned) {
-  if (aligned && left >= kWidth) {
-    *reinterpret_cast<Chunk<T, kWidth>*>(to) = chunk;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    if (i < left) to[i] = chunk.at[i];
-  }
-}
-
 __device__ void add_up(NoTally, int64_t*, int64_t) {}
 
 /// Add the tallies of a block to the counts. Integers, so the order of blocks does not matter.
@@ -91,41 +72,63 @@ __device__ void add_up(Tally tally, int64_t* counts, int64_t elements) {
   if (blockIdx.x == 0 && threadIdx.x == 0) atomicAdd(&totals[0], static_cast<unsigned long long>(elements));
 }
 
-/// x and out may be the same array: each thread reads a chunk before it writes it, and no other one touches it.
+/// The draws of the four elements from `index` on, or of one.
+struct Draw {
+  uint64_t seed;
+  uint64_t offset;
+  int bits;
+
+  __device__ explicit Draw(const DeviceDraws& from)
+      : seed(from.seed.read()), offset(from.offset.read()), bits(from.bits) {}
+  __device__ Words four(int64_t index) const { return draw_four(bits, seed, offset, index); }
+  __device__ uint32_t one(int64_t index) const { return select(four(index - index % 4), static_cast<int>(index % 4)); }
+};
+
+/// The first `chunks` chunks, then what elements are left one by one: x and out may be the same array, since each
+/// thread reads a place before it writes there, and no other one touches it.
 template <class AnyTally, class Op>
-__global__ void __launch_bounds__(kThreads)
-    cast_kernel(const Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count, bool aligned,
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Op>)
+    cast_kernel(const Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count, int64_t chunks,
                 const DeviceDraws draws, int64_t* counts) {
-  constexpr int width = chunk_width<Op>;
-  const uint64_t seed = Op::random ? draws.seed.read() : 0;
-  const uint64_t offset = Op::random ? draws.offset.read() : 0;
+  using Inputs = Chunk<typename Op::Input, chunk_width<Op>>;
+  using Outputs = Chunk<typename Op::Output, chunk_width<Op>>;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  const Draw draw(draws);
   AnyTally tally;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * width;
-  for (int64_t begin = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * width; begin < count;
-       begin += stride) {
-    const auto input = load<width>(x + begin, count - begin, aligned);
-    Chunk<typename Op::Output, width> result;
+
+  for (int64_t chunk = thread; chunk < chunks; chunk += threads) {
+    const Inputs inputs = reinterpret_cast<const Inputs*>(x)[chunk];
+    Outputs outputs;
 #pragma unroll
-    for (int i = 0; i < width; i += 4) {
-      const Words words = Op::random ? draw_four(draws.bits, seed, offset, begin + i) : Words{};
+    for (int i = 0; i < chunk_width<Op>; i += 4) {
+      const Words words = Op::random ? draw.four(chunk * chunk_width<Op> + i) : Words{};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) result.at[i + j] = op(input.at[i + j], words.word[j], tally);
+      for (int j = 0; j < 4; ++j) outputs.at[i + j] = op(inputs.at[i + j], words.word[j], tally);
     }
-    store(out + begin, result, count - begin, aligned);
+    reinterpret_cast<Outputs*>(out)[chunk] = outputs;
+  }
+#pragma unroll 1
+  for (int64_t i = chunks * chunk_width<Op> + thread; i < count; i += threads) {
+    out[i] = op(x[i], Op::random ? draw.one(i) : 0, tally);
   }
   add_up(tally, counts, count);
 }
 
-template <class T, int kWidth>
-bool is_aligned(const void* array) {
-  return reinterpret_cast<uintptr_t>(array) % alignof(Chunk<T, kWidth>) == 0;
+/// How many whole chunks there are; none unless both arrays begin where chunks may.
+template <class Op>
+int64_t whole_chunks(const void* x, const void* out, int64_t count) {
+  const auto aligned = [](const void* array, size_t to) { return reinterpret_cast<uintptr_t>(array) % to == 0; };
+  const bool usable = aligned(x, alignof(Chunk<typename Op::Input, chunk_width<Op>>)) &&
+                      aligned(out, alignof(Chunk<typename Op::Output, chunk_width<Op>>));
+  return usable ? count / chunk_width<Op> : 0;
 }
 
-/// Blocks enough for the elements, and no more than keep the device busy.
-int grid_size(int64_t chunks, int device) {
+/// Blocks enough for so many steps, and no more than keep the device busy.
+int grid_size(int64_t steps, int device) {
   int multiprocessors = 0;
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return static_cast<int>(std::min((chunks + kThreads - 1) / kThreads, multiprocessors * kBlocksPerMultiprocessor));
+  return static_cast<int>(std::min((steps + kThreads - 1) / kThreads, multiprocessors * kBlocksPerMultiprocessor));
 }
 
 void check_word_place(const Tensor& x, const MaybeTensor& word) {
@@ -141,29 +144,17 @@ struct Cuda {
     const DeviceGuard guard(x.get_device_index());
     const DeviceDraws draws{DeviceWord(source.seed), DeviceWord(source.offset), source.bits};
     elementwise(x, out, Op::random, [&](const void* from, void* to, int64_t count) {
-      using Input = typename Op::Input;
-      using Output = typename Op::Output;
-      constexpr int width = chunk_width<Op>;
-      const bool aligned = is_aligned<Input, width>(from) && is_aligned<Output, width>(to);
-      const int blocks = grid_size((count + width - 1) / width, x.get_device_index());
+      const int64_t chunks = whole_chunks<Op>(from, to, count);
+      const int blocks = grid_size(chunks ? chunks : count, x.get_device_index());
       cast_kernel<AnyTally><<<blocks, kThreads, 0, current_stream(x)>>>(
-          op, static_cast<const Input*>(from), static_cast<Output*>(to), count, aligned, draws, counts);
+          op, static_cast<const typename Op::Input*>(from), static_cast<typename Op::Output*>(to), count, chunks, draws,
+          counts);
       check_cuda(cudaGetLastError());
     });
   }
 };
 
-using Ops = CastOps<Cuda>;
-
-STABLE_TORCH_LIBRARY_IMPL(lowprec, CUDA, library) {
-  library.impl("quantize", TORCH_BOX(&Ops::quantize));
-  library.impl("quantize_out", TORCH_BOX(&Ops::quantize_out));
-  library.impl("quantize_count", TORCH_BOX(&Ops::quantize_count));
-  library.impl("encode", TORCH_BOX(&Ops::encode));
-  library.impl("encode_out", TORCH_BOX(&Ops::encode_out));
-  library.impl("decode", TORCH_BOX(&Ops::decode));
-  library.impl("decode_out", TORCH_BOX(&Ops::decode_out));
-}
+STABLE_TORCH_LIBRARY_IMPL(lowprec, CUDA, library) { register_casts<Cuda>(library); }
 
 }  // namespace
 }  // namespace lowprec

@@ -101,11 +101,11 @@ class Quantize {
   LOWPREC_INLINE Output operator()(Input x, uint32_t word, AnyTally& tally) const {
     const Word magnitude = x & (C::sign - 1);
     const bool negative = x & C::sign;
-    const auto from = normalise(Magnitude<C>::read(magnitude), grid_.depth);
+    const auto from = read<C>(grid_, magnitude);
     const auto to = round_to<Mode, Word>(grid_, from, 0, negative, word);
 
     const Word position = to.position + Magnitude<C>::origin(to.exponent);
-    Word bits = denormalise<C>({position, from.exponent}, grid_.depth).bits;
+    Word bits = write<C>(grid_, {position, from.exponent});
     // Next to zero the position says nothing: its exponent may be far below that of the smallest value.
     const Word small = to.position != 0 ? smallest_ : 0;
     if (to.lower == 0) bits = small;
@@ -115,13 +115,16 @@ class Quantize {
     if (beyond) bits = large;
     const bool nan = magnitude > C::infinity;
     tally.add(beyond, bits == 0, magnitude == 0, nan);
-    const Word sign = x & C::sign;
-    if (bits >= first_signed_) bits |= sign;
-    return nan ? x : static_cast<Output>(bits);
+    return nan ? x : static_cast<Output>(with_sign(bits, x & C::sign));
   }
 
  private:
   using Word = typename C::Word;
+
+  LOWPREC_INLINE Word with_sign(Word bits, Word sign) const {
+    LOWPREC_SKIP_IF(grid_.regular, bits | sign);
+    return bits >= first_signed_ ? bits | sign : bits;
+  }
 
   Grid grid_;
   Word first_signed_;  // the smallest magnitude that can be negative
@@ -151,10 +154,8 @@ class Encode {
   LOWPREC_INLINE Output operator()(Input x, uint32_t word, AnyTally&) const {
     const auto magnitude = static_cast<typename C::Word>(x & (C::sign - 1));
     const bool negative = x & C::sign;
-    const auto from = normalise(Magnitude<C>::read(magnitude), grid_.depth);
-    Word code = round_to<Mode, Word>(grid_, from, lift_, negative, word).code;
-
-    if (magnitude != 0) code += static_cast<Word>(grid_.skipped);
+    const auto from = read<C>(grid_, magnitude);
+    Word code = from_bottom(round_to<Mode, Word>(grid_, from, lift_, negative, word).code, magnitude == 0);
     const uint32_t limit = Mode::overflows(negative) ? overflow_ : grid_.max_code;
     if (code > grid_.max_code) code = limit;
     if (magnitude == C::infinity) code = overflow_;
@@ -168,6 +169,12 @@ class Encode {
  private:
   // Wide enough for the positions of either side.
   using Word = std::conditional_t<(sizeof(Input) > 4 || sizeof(Code) > 2), uint64_t, uint32_t>;
+
+  /// The code as it counts from zero, from where the grid counts.
+  LOWPREC_INLINE Word from_bottom(Word code, bool zero) const {
+    LOWPREC_SKIP_IF(grid_.regular, code);
+    return zero ? code : code + static_cast<Word>(grid_.skipped);
+  }
 
   Grid grid_;
   int lift_;  // digits that the format has more than the container

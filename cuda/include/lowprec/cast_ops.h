@@ -162,4 +162,17 @@ struct CastOps {
   }
 };
 
+/// Register the operators for a backend's device.
+template <class Backend>
+void register_casts(Library& library) {
+  using Ops = CastOps<Backend>;
+  library.impl("quantize", TORCH_BOX(&Ops::quantize));
+  library.impl("quantize_out", TORCH_BOX(&Ops::quantize_out));
+  library.impl("quantize_count", TORCH_BOX(&Ops::quantize_count));
+  library.impl("encode", TORCH_BOX(&Ops::encode));
+  library.impl("encode_out", TORCH_BOX(&Ops::encode_out));
+  library.impl("decode", TORCH_BOX(&Ops::decode));
+  library.impl("decode_out", TORCH_BOX(&Ops::decode_out));
+}
+
 }  // namespace lowprec

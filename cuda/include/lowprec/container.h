@@ -68,7 +68,6 @@ LOWPREC_INLINE int floor_log2(uint64_t n) {
 /// have theirs. Zero, which has none, sinks below every format.
 template <class C>
 LOWPREC_INLINE Magnitude<C> normalise(Magnitude<C> x, int depth) {
-  LOWPREC_SKIP_IF(depth == 0, x);
   constexpr int bottom = -4096;
   const auto significand = x.significand();
   const int missing = min(C::fraction_bits - floor_log2(significand), depth);
@@ -78,7 +77,6 @@ LOWPREC_INLINE Magnitude<C> normalise(Magnitude<C> x, int depth) {
 /// Let it rise to 0 again. The bits that this drops are zero, if the container holds the number.
 template <class C>
 LOWPREC_INLINE Magnitude<C> denormalise(Magnitude<C> x, int depth) {
-  LOWPREC_SKIP_IF(depth == 0, x);
   const int missing = min(max(-x.exponent, 0), depth);
   return Magnitude<C>::of(x.significand() >> missing, x.exponent + missing);
 }

@@ -25,6 +25,7 @@ struct Grid {
   int normal_drop;   // digits that the container has more than the format, in a normal number
   int gap;           // mantissa_bits where there are no subnormals, else 0
   int depth;         // how far to normalise the container's subnormal numbers: 0 if the format spaces them evenly
+  bool regular;      // whether depth, gap and skipped are 0 and -0 exists: the common formats, for whom kernels hurry
   uint32_t max_code;
   uint64_t skipped;  // codes below those that numbers of the container can round to
   uint32_t one = 1;  // unknown to the compiler: GCC 12 makes no vector code of a 64-bit constant that is shifted
@@ -44,6 +45,7 @@ struct Grid {
     grid.within = grid.normal_drop >= 0 && grid.min_exponent - grid.mantissa_bits >= -C::fraction_bits &&
                   max_exponent < 2 * C::bias;
     grid.skip_unreachable(-C::fraction_bits - 2);
+    grid.regular = grid.depth == 0 && grid.gap == 0 && grid.skipped == 0 && format.has_negative_zero();
     return grid;
   }
 
@@ -56,6 +58,28 @@ struct Grid {
     skipped = static_cast<uint64_t>(binades) << mantissa_bits;
   }
 };
+
+/// A container's magnitude as a grid needs it: normalised, where the grid has normal numbers that it has not.
+template <class C>
+LOWPREC_INLINE Magnitude<C> read(const Grid& grid, typename C::Word bits) {
+  const auto x = Magnitude<C>::read(bits);
+  LOWPREC_SKIP_IF(grid.regular, x);
+  return normalise(x, grid.depth);
+}
+
+/// And back to its bits.
+template <class C>
+LOWPREC_INLINE typename C::Word write(const Grid& grid, Magnitude<C> x) {
+  LOWPREC_SKIP_IF(grid.regular, x.bits);
+  return denormalise(x, grid.depth).bits;
+}
+
+/// Digits dropped below the smallest normal number on top of what its distance makes: without subnormals it is one
+/// spacing above zero.
+LOWPREC_INLINE int gap_below(const Grid& grid, int exponent) {
+  LOWPREC_SKIP_IF(grid.regular, 0);
+  return exponent < grid.min_exponent ? grid.gap : 0;
+}
 
 /// A magnitude rounded to a grid.
 template <class Word>
@@ -71,16 +95,14 @@ template <class Mode, class Word, class C>
 LOWPREC_INLINE Rounded<Word> round_to(const Grid& grid, Magnitude<C> x, int lift, bool negative, uint32_t word) {
   const int exponent = min(x.exponent, grid.min_exponent);
   const Word position = static_cast<Word>(x.bits - Magnitude<C>::origin(exponent)) << lift;
-  // Without subnormals the smallest normal number is one spacing above zero.
-  const int skip = exponent < grid.min_exponent ? grid.gap : 0;
-
-  const int count = grid.normal_drop + lift + grid.min_exponent - exponent + skip;
+  const int gap = gap_below(grid, exponent);
+  const int count = grid.normal_drop + lift + grid.min_exponent - exponent + gap;
   const auto shift = static_cast<Word>(min(count, most_digits<Word>));
   const Word unit = static_cast<Word>(grid.one) << shift;
   const Word kept = position >> shift;
   const Digits<Word> dropped{position & (unit - 1), count, unit, kept & 1, negative, word};
   const Word sum = position + Mode::addend(dropped);
-  return {kept, (sum >> shift) << skip, sum & ~(unit - 1), exponent};
+  return {kept, (sum >> shift) << gap, sum & ~(unit - 1), exponent};
 }
 
 }  // namespace lowprec

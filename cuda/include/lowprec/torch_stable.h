@@ -19,6 +19,7 @@ namespace lowprec {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Library = torch::stable::detail::StableLibrary;
 
 using torch::stable::contiguous;
 using torch::stable::parallel_for;
