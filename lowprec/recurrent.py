@@ -105,7 +105,8 @@ def network(kind: type[Layer]) -> Handler:
             raise ValueError(f"input must have at least one step, got shape {tuple(input.shape)}")
         states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         groups = _groups(roles, kind, params, has_biases, layers * (1 + bidirectional))
-        y, states = _run(
+        run = _run_uncompiled if torch.compiler.is_compiling() and not torch._dynamo.config.allow_rnn else _run
+        y, states = run(
             roles, groups, input.transpose(0, 1) if across else input, sizes, states, 1 + bidirectional, dropout * train
         )
         return (y.transpose(0, 1) if across else y, *states)
@@ -155,6 +156,12 @@ def _run(
             finals.append(final)
         x = torch.cat(outputs, -1) if directions > 1 else outputs[0]
     return x, tuple(torch.stack(final) for final in zip(*finals, strict=True))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _run_uncompiled(*args: Any) -> tuple[Tensor, State]:
+    """The same as torch's compiler sees its own recurrent networks: not at all, rather than step by step."""
+    return _run(*args)
 
 
 def _scan(

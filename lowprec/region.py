@@ -66,7 +66,7 @@ class Region(TorchFunctionMode):
 
     def _roles(self, kind: int, x: Tensor) -> Roles:
         """The roles of a product, and where to count it: on the device of its operands."""
-        if x.is_meta or not _counting():
+        if x.device.type == "meta" or not _counting():
             return Roles(self.formats)
         if self.counts.device != x.device:
             with torch.inference_mode(False):
@@ -94,11 +94,9 @@ class Region(TorchFunctionMode):
 
 def _counting() -> bool:
     """Whether what runs now counts: not inside torch.func's transforms, exported or on fake tensors."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return torch._C._get_dispatch_mode(_FAKE) is None
+        return not torch.compiler._is_exporting_flag
+    return torch._C._functorch.peek_interpreter_stack() is None and torch._C._get_dispatch_mode(_FAKE) is None
 
 
 def _recomputing() -> bool:

@@ -106,7 +106,7 @@ def round_both(
 
 
 def _round(x: Tensor, format: str, counts: Tensor | None) -> Tensor:
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         _fields(format, torch.get_autocast_dtype(x.device.type))
     fields = _fields(format, x.dtype)
     args = (x, fields, _NEAREST_EVEN, fields[3] != _IEEE, None, None, 32)
