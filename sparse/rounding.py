@@ -41,9 +41,12 @@ def _overflows(fmt: FloatFormat) -> bool:
 
 
 def is_short(fmt: FloatFormat, dtype: torch.dtype) -> bool:
-    """Whether `nearest_even` serves: a format with subnormals and a negative zero, well inside the dtype's range."""
+    """Whether `nearest_even` serves: an ordinary format well inside the dtype's range.
+
+    Without mantissa bits, ties to the even code are not ties to the even multiple of the spacing.
+    """
     precision, bias, _ = CONTAINERS[dtype]
-    ordinary = fmt.ebits > 0 and fmt.subnormals and fmt.has_negative_zero and not _overflows(fmt)
+    ordinary = fmt.ebits > 0 and fmt.mbits > 0 and fmt.subnormals and fmt.has_negative_zero and not _overflows(fmt)
     inside = fmt.emin - fmt.mbits > -bias and fmt.emax + precision - 1 - fmt.mbits < bias
     return ordinary and inside and fmt.mbits + 3 <= precision
 

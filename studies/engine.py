@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
+from signal import SIG_BLOCK, SIG_UNBLOCK, SIGINT, pthread_sigmask
 from typing import NamedTuple
 
 from rich.console import Console
@@ -71,7 +71,8 @@ def run(parts: Sequence[Part], workers: int, minutes: float, console: Console) -
     context = get_context("spawn")
     stop = context.Event()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(stop, os.getpid()))
-    futures = [pool.submit(_work, part) for part in parts if not part.done]
+    with _uninterrupted():
+        futures = [pool.submit(_work, part) for part in parts if not part.done]
     try:
         with _shown(parts, console) as show:
             _watch(futures, stop, deadline, show)
@@ -80,6 +81,16 @@ def run(parts: Sequence[Part], workers: int, minutes: float, console: Console) -
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes begun in here never see Ctrl-C, which a terminal sends to all: the parent says when to stop."""
+    pthread_sigmask(SIG_BLOCK, {SIGINT})
+    try:
+        yield
+    finally:
+        pthread_sigmask(SIG_UNBLOCK, {SIGINT})
 
 
 def _watch(futures: list[Future[None]], stop: Event, deadline: float, show: Callable[[], None]) -> None:
@@ -101,7 +112,6 @@ _stop: Event | None = None
 def _enter(stop: Event, parent: int) -> None:
     global _stop
     _stop = stop
-    signal(SIGINT, SIG_IGN)  # the parent has it too, and says when to stop
     _keep_memory()
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 

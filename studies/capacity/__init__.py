@@ -13,7 +13,6 @@ from rich.console import Console
 from lowprec.studies import data, engine
 from lowprec.studies.capacity import cell
 from lowprec.studies.capacity.config import QUICK, Config
-from lowprec.studies.capacity.report import write as write_report
 
 __all__ = ["QUESTION", "QUICK", "Config", "prepare", "run"]
 
@@ -53,7 +52,9 @@ def run(config: Config, folder: Path) -> None:
         _say_where(parts, console)
         raise
     if all(part.done for part in parts):
-        write_report(config, [part.folder for part in parts], folder, console)
+        from lowprec.studies.capacity import report  # not needed, and slow to load, in the processes of the cells
+
+        report.write(config, [part.folder for part in parts], folder, console)
     else:
         _say_where(parts, console)
 
