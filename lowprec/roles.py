@@ -149,9 +149,8 @@ class EagerRoundBoth(RoundBoth):
         if not grads[0].is_sparse:
             return RoundBoth.backward(ctx, *grads)
         # An embedding's sparse gradient lists a row once for every use: it is formed when the uses are summed.
-        grad = grads[0].coalesce()
-        values = round_both(grad.values(), ctx.format, ctx.counts, None, None)
-        formed = torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True, check_invariants=False)
+        formed = grads[0].coalesce().clone()
+        formed._values().copy_(round_both(formed.values(), ctx.format, ctx.counts, None, None))
         return formed, None, None, None, None
 
     @staticmethod

@@ -249,7 +249,7 @@ def test_a_region_without_policy_keeps_torchs_fast_path_and_other_modes() -> Non
     model = Outer().eval()
     lp.wrap(model, lp.Policy("1-4-3", overrides={"encoder": None}))
     x = torch.randn(2, 5, 8)
-    with torch.no_grad(), torch.profiler.profile() as profile:
+    with torch.no_grad(), torch.profiler.profile(acc_events=True) as profile:
         model(x)
     assert "aten::_transformer_encoder_layer_fwd" in {event.key for event in profile.key_averages()}
     with torch.no_grad(), Spy() as spy:
@@ -419,12 +419,14 @@ def test_what_is_not_covered_is_said(name: str, function: Callable[[Tensor], Ten
         lp.wrap(Call(function), POLICY, strict=True)(X)
 
 
+LIBRARY = torch.library.Library("lowprec_test_wrap", "DEF")
+LIBRARY.define("scale(Tensor x, Tensor w) -> Tensor")
+LIBRARY.impl("scale", lambda x, w: x * w, "CompositeExplicitAutograd")
+LIBRARY.define("my_attention(Tensor x) -> Tensor")
+LIBRARY.impl("my_attention", lambda x: x.clone(), "CompositeExplicitAutograd")
+
+
 def test_an_op_from_elsewhere_counts_if_it_takes_something_learnt() -> None:
-    library = torch.library.Library("lowprec_test_wrap", "DEF")
-    library.define("scale(Tensor x, Tensor w) -> Tensor")
-    library.impl("scale", lambda x, w: x * w, "CompositeExplicitAutograd")
-    library.define("my_attention(Tensor x) -> Tensor")
-    library.impl("my_attention", lambda x: x.clone(), "CompositeExplicitAutograd")
     ops = torch.ops.lowprec_test_wrap
     model = Call(lambda x, w: ops.my_attention(ops.scale(x, torch.ones(8)) + ops.scale(x, w)), torch.randn(8))
     lp.wrap(model, "fp8")
