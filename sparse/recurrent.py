@@ -7,7 +7,7 @@ formed once for a chunk of timesteps, from the rounded operands of them all. Fas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -108,11 +108,13 @@ class Cell:
         device_type: str,
         fuse: bool,
     ) -> None:
-        casts = [caster(fmt, wide, device_type, fuse) for fmt in formats]
-        self.round, self.round_weight, self.round_grad, self.round_weight_grad = casts
+        activation, weight, grad, weight_grad = formats
+        self.round, self.round_grad = (caster(fmt, wide, device_type, fuse) for fmt in (activation, grad))
+        self.round_weight, self.round_weight_grad = (caster(fmt, wide, device_type) for fmt in (weight, weight_grad))
         self.wide, self.container = wide, container
-        self.step = torch.compile(self._step, dynamic=False) if fuse else self._step
-        self.step_back = torch.compile(self._step_back, dynamic=False) if fuse else self._step_back
+        maybe_compile = partial(torch.compile, dynamic=False) if fuse else lambda function: function
+        self.step, self.step_back = maybe_compile(self._step), maybe_compile(self._step_back)
+        self.linear, self.linear_back = maybe_compile(self._linear), maybe_compile(self._linear_back)
 
     def hold(self, x: Tensor) -> Tensor:
         """A rounded tensor, as it is stored."""
@@ -121,7 +123,7 @@ class Cell:
     def make_linear(self, weight: Tensor, gain: Tensor | None, bias: Tensor) -> Linear:
         return Linear(self.hold(self.round_weight(weight)), gain, bias)
 
-    def linear(self, x: Tensor, p: Linear) -> tuple[Tensor, Norm | None]:
+    def _linear(self, x: Tensor, p: Linear) -> tuple[Tensor, Norm | None]:
         """[R, N, in] -> LN(x · W) [R, N, G, H]; the product and the output of the norm are both rounded."""
         z = product(x, p.weight).view(*x.shape[:-1], *p.bias.shape[-2:])
         if p.gain is None:
@@ -130,8 +132,8 @@ class Cell:
         normal, mean, scale = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
         return self.round(torch.addcmul(p.bias, normal, p.gain)), Norm(self.hold(z), mean, scale)
 
-    def linear_back(self, dy: Tensor, p: Linear, norm: Norm | None) -> Back:
-        """The gradient of `linear` from that of its output; this and the product's are rounded."""
+    def _linear_back(self, dy: Tensor, p: Linear, norm: Norm | None) -> Back:
+        """The gradient of a linear map from that of its output; this and the product's are rounded."""
         dy = self.round_grad(dy)
         bias = dy.sum(1, keepdim=True)
         if norm is None or p.gain is None:
@@ -147,7 +149,7 @@ class Cell:
         """One timestep: h, as it is stored, and c [R, N, H] -> the next ones."""
         operands, norms, first = [h], [], None
         for k, p in enumerate(maps[:-1]):
-            y, norm = self.linear(operands[-1], p)
+            y, norm = self._linear(operands[-1], p)
             y = y.squeeze(-2)
             if k == 0:
                 first = self.hold(y)
@@ -156,7 +158,7 @@ class Cell:
                 y = self.round(y + inputs[..., 1, :]).relu() if k == 1 else y.relu()
             norms.append(norm)
             operands.append(self.hold(y))
-        y, norm = self.linear(operands[-1], maps[-1])
+        y, norm = self._linear(operands[-1], maps[-1])
         y = y + inputs if first is None else y
         gates, u = y[..., :3, :].sigmoid(), y[..., 3, :]
         u = (u if keep is None else u * keep).tanh()
@@ -167,11 +169,18 @@ class Cell:
         return h, after, Saved(tuple(operands), (*norms, norm), first, gates, u, c, squashed)
 
     def _step_back(
-        self, dh: Tensor, dc: Tensor, saved: Saved, inputs: Tensor, maps: tuple[Linear, ...], keep: Tensor | None
+        self,
+        doutput: Tensor,
+        dh: Tensor,
+        dc: Tensor,
+        saved: Saved,
+        inputs: Tensor,
+        maps: tuple[Linear, ...],
+        keep: Tensor | None,
     ) -> Gradients:
-        """The gradient of a timestep, from those of h and c after it."""
-        dgates, dc = self._gates_back(dh, dc, saved, keep)
-        backs, dinputs = [self.linear_back(dgates, maps[-1], saved.norms[-1])], [dgates]
+        """The gradient of a timestep, from those of its output and of h and c in the next one."""
+        dgates, dc = self._gates_back(doutput + dh, dc, saved, keep)
+        backs, dinputs = [self._linear_back(dgates, maps[-1], saved.norms[-1])], [dgates]
         for k in reversed(range(len(maps) - 1)):
             dx = product(backs[0].z.flatten(-2), maps[k + 1].weight.mT)
             if k == 0:
@@ -181,7 +190,7 @@ class Cell:
             else:
                 dx = dx * (saved.operands[k + 1] > 0)
                 dinputs = [dx]
-            backs.insert(0, self.linear_back(dx.unsqueeze(-2), maps[k], saved.norms[k]))
+            backs.insert(0, self._linear_back(dx.unsqueeze(-2), maps[k], saved.norms[k]))
         dh = product(backs[0].z.flatten(-2), maps[0].weight.mT)
         return Gradients(dh, dc, torch.stack(dinputs, -2) if len(maps) > 1 else dgates, tuple(backs))
 
@@ -210,19 +219,20 @@ class Chunk(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, cell: Cell, x: Tensor, h: Tensor, c: Tensor, keep: Tensor | None, *parameters: Any
+        ctx: Any, cell: Cell, x: Tensor, h_0: Tensor, c_0: Tensor, keep: Tensor | None, *parameters: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [R, T, N, in], h and c: [R, N, H] -> every h [R, T, N, H], and the last h and c."""
+        """x: [R, T, N, in], h_0 and c_0: [R, N, H] -> every h [R, T, N, H], and the last h and c."""
         first, *others = (cell.make_linear(*parameters[k : k + 3]) for k in range(0, len(parameters), 3))
         maps, keeps = tuple(others), [None] * x.shape[1] if keep is None else keep.unbind(1)
         rows = cell.hold(cell.round(x)).flatten(1, 2)
         y, norm = cell.linear(rows, first)
         inputs = (cell.hold(y) if norm else y).view(*x.shape[:3], *y.shape[-2:]).unbind(1)
-        h, hs, tape = cell.hold(cell.round(h)), [], []
+        h, c, hs, tape = cell.hold(cell.round(h_0)), c_0, [], []
         for inputs_t, keep_t in zip(inputs, keeps, strict=True):
             h, c, saved = cell.step(h, c, inputs_t, maps, keep_t)
             hs.append(h)
             tape.append(saved)
+        ctx.save_for_backward(x, h_0, c_0, *parameters)
         ctx.cell, ctx.first, ctx.rows, ctx.norm = cell, first, rows, norm
         ctx.maps, ctx.inputs, ctx.keeps, ctx.tape = maps, inputs, keeps, tape
         return torch.stack(hs, 1).to(cell.wide), h.to(cell.wide, copy=True), c.clone()
@@ -231,10 +241,11 @@ class Chunk(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Back through the timesteps, then each linear map once."""
+        _ = ctx.saved_tensors  # raises where one was changed in place since
         dhs, dh, dc = grads
         cell, back = ctx.cell, []
         for t in reversed(range(len(ctx.tape))):
-            step = cell.step_back(dh + dhs[:, t], dc, ctx.tape[t], ctx.inputs[t], ctx.maps, ctx.keeps[t])
+            step = cell.step_back(dhs[:, t], dh, dc, ctx.tape[t], ctx.inputs[t], ctx.maps, ctx.keeps[t])
             dh, dc = step.h, step.c
             back.append(step)
         back.reverse()
@@ -244,8 +255,13 @@ class Chunk(torch.autograd.Function):
         for k in range(len(ctx.maps)):
             x = _rows([saved.operands[k] for saved in ctx.tape])
             z, gain, bias = zip(*(step.maps[k] for step in back), strict=True)
-            parameters += [cell.weight_back(x, _rows(z)), gain[0] if gain[0] is None else sum(gain), sum(bias)]
+            parameters += [cell.weight_back(x, _rows(z)), _total(gain), _total(bias)]
         return None, dx, dh, dc, None, *parameters
+
+
+def _total(steps: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum over timesteps of what each of them has, or none has."""
+    return None if steps[0] is None else torch.stack(steps).sum(0)  # type: ignore[arg-type]
 
 
 def _rows(steps: Sequence[Tensor]) -> Tensor:

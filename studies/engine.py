@@ -53,7 +53,7 @@ class Part(NamedTuple):
         return (record.lines(self.folder / "metrics.jsonl") or [{"update": 0}])[-1]
 
 
-def run(parts: Sequence[Part], workers: int, minutes: float, console: Console) -> None:
+def run(parts: Sequence[Part], workers: int, minutes: float, console: Console, fresh: bool = False) -> None:
     """Run what is not done yet.
 
     Args:
@@ -61,6 +61,7 @@ def run(parts: Sequence[Part], workers: int, minutes: float, console: Console) -
         workers: processes at a time.
         minutes: after which everything saves and stops; 0 for no limit.
         console: where the progress is shown.
+        fresh: whether each part has a process of its own, so that a GPU's memory is free again after each.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once everything is saved.
@@ -70,7 +71,9 @@ def run(parts: Sequence[Part], workers: int, minutes: float, console: Console) -
     deadline = time.monotonic() + minutes * 60 if minutes else float("inf")
     context = get_context("spawn")
     stop = context.Event()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(stop, os.getpid()))
+    pool = ProcessPoolExecutor(
+        workers, context, _enter, initargs=(stop, os.getpid()), max_tasks_per_child=1 if fresh else None
+    )
     with _uninterrupted():
         futures = [pool.submit(_work, part) for part in parts if not part.done]
     try:

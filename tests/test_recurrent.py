@@ -388,6 +388,15 @@ def test_wrong_dtypes() -> None:
         sparse.MLSTM(4, 8, policy=8)
 
 
+def test_parameters_changed_before_the_gradient_are_noticed() -> None:
+    layer = sparse.MLSTM(4, 8, 3)
+    hs, _ = layer(torch.randn(3, 2, 4))
+    with torch.no_grad():
+        layer.weight_step1.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hs.sum().backward()
+
+
 def test_an_empty_batch() -> None:
     hs, (h, c) = sparse.MLSTM(4, 8, 3, policy="fp8")(torch.zeros(3, 0, 4))
     assert hs.shape == (3, 0, 8)

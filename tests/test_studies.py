@@ -370,7 +370,7 @@ def test_words_become_settings() -> None:
         ({"lr": "nan"}, "lr must be above 0"),
         ({"steps": "1"}, "steps must be at least 2"),
         ({"device": "tpu"}, "device must be cpu, cuda or auto"),
-        ({"cells": "fp8-9"}, "cells must be among fp32-96"),
+        ({"cells": "fp8-9"}, "cells must be among fp32-80"),
         ({"split": "90,10"}, "split must be three"),
         ({"sha256": "0"}, "has SHA-256 86c4e6.*, not 0"),
     ],

@@ -47,7 +47,7 @@ def run(config: Config, folder: Path) -> None:
     ]
     chosen = [part for part in parts if not config.cells or part.name in config.cells]
     try:
-        engine.run(chosen, _workers(config, chosen), config.minutes, console)
+        engine.run(chosen, _workers(config, chosen), config.minutes, console, fresh=config.device == "cuda")
     except KeyboardInterrupt:
         _say_where(parts, console)
         raise

@@ -10,10 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from lowprec.chart import COLOURS, GREY, style
+from lowprec.chart import COLOURS, DASHES, INK, style
 from lowprec.studies.capacity.summary import Summary
 
 MARKERS = "osD^v"
+BESIDE = 1.004
+"""How far what would cover one another is moved apart, as a ratio of widths."""
 
 
 def draw(summary: Summary) -> bytes:
@@ -34,19 +36,26 @@ def draw(summary: Summary) -> bytes:
 def _format(axes: Axes, summary: Summary, format: str, index: int) -> None:
     cells = [cell for cell in summary.cells if cell["format"] == format]
     colour, marker = COLOURS[index], MARKERS[index % len(MARKERS)]
-    aside = 1 + (index - (len(summary.config.formats) - 1) / 2) * 0.006
+    aside = BESIDE ** (2 * index - len(summary.config.formats) + 1)
     widths = [cell["width"] * aside for cell in cells]
     for width, cell in zip(widths, cells, strict=True):
-        axes.scatter([width] * len(cell["test"]), cell["test"], s=14, color=colour, alpha=0.35, linewidths=0)
+        axes.scatter([width / BESIDE] * len(cell["test"]), cell["test"], s=16, color=colour, alpha=0.5, linewidths=0)
     means = [summary.mean(cell) for cell in cells]
     middle = [mean.estimate for mean in means]
     margins = [mean.high - mean.estimate if mean.bounded else 0.0 for mean in means]
-    look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 6, "linestyle": "", "capsize": 4}
+    look: dict[str, Any] = {
+        "color": colour,
+        "marker": marker,
+        "markersize": 7,
+        "linestyle": "",
+        "capsize": 4,
+        "elinewidth": 1.2,
+    }
     axes.errorbar(widths, middle, margins, label=format, **look)
     if summary.fit:
         ends = [min(summary.config.widths) / 1.015, max(summary.config.widths) * 1.015]
         fitted = [summary.fit.at(format, log(width / summary.start)) for width in ends]
-        axes.plot(ends, fitted, color=colour, linestyle="--" if index else "-", linewidth=1.4)
+        axes.plot(ends, fitted, color=colour, linestyle=DASHES[index], linewidth=1.4)
 
 
 def _gap(axes: Axes, summary: Summary, format: str) -> None:
@@ -57,10 +66,9 @@ def _gap(axes: Axes, summary: Summary, format: str) -> None:
     level = summary.fit.at(summary.base, at)
     left, right = (summary.start * exp(x) for x in (at, at + shift.estimate))
     limits = f"95%: {needed.low:+.1%} to {needed.high:+.1%}" if needed.bounded else "95%: unbounded"
-    axes.annotate("", (right, level), (left, level), arrowprops={"arrowstyle": "->", "color": GREY, "linewidth": 1.4})
-    words = f"{format} needs {needed.estimate:+.1%} width\n({limits})"
-    place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "top", "color": GREY}
-    axes.annotate(words, ((left * right) ** 0.5, level), (0, -8), **place)
+    axes.annotate("", (right, level), (left, level), arrowprops={"arrowstyle": "->", "color": INK, "linewidth": 1.4})
+    words = f"arrow: {format} needs {needed.estimate:+.1%} width\nto match {summary.base} ({limits})"
+    axes.text(0.02, 0.03, words, transform=axes.transAxes, color=INK, fontsize=9)
 
 
 def _label(axes: Axes, summary: Summary) -> None:
@@ -73,4 +81,4 @@ def _label(axes: Axes, summary: Summary) -> None:
     axes.set_ylabel("bits per character, test text")
     axes.set_title("What a format costs, in bits and in width")
     axes.grid(axis="y")
-    axes.legend(loc="upper right", title=f"mean of {config.seeds} seeds, 95%")
+    axes.legend(loc="upper right", title=f"mean of {config.seeds} seeds, 95%; dots: seeds")

@@ -34,10 +34,11 @@ def write(config: Config, parts: list[Path], folder: Path, console: Console) -> 
 def show(summary: Summary, console: Console) -> None:
     """The table and the conclusions."""
     table = Table(title="Bits per character, 95% intervals", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "format" else "right", no_wrap=True)
+    shown = [index for index, name in enumerate(COLUMNS) if name != "parameters"]  # 80 characters are enough
+    for index in shown:
+        table.add_column(COLUMNS[index], justify="right" if index else "left", no_wrap=True)
     for row in _rows(summary):
-        table.add_row(*row)
+        table.add_row(*(row[index] for index in shown))
     console.print(table)
     for line in findings(summary):
         console.print(line)
