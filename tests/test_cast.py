@@ -305,7 +305,7 @@ def test_signs_of_zeros_infinities_and_stand_ins(dtype: torch.dtype, device: tor
     assert lp.quantize(x, "1-3-2:specials=fnuz", rounding="toward_zero").signbit().tolist()[:2] == [False, False]
     missing = lp.quantize(x, "1-3-2:specials=fn", saturate=False)[2:4]
     assert missing.isnan().all()
-    assert missing.signbit().tolist() == [False, True]
+    assert missing.cpu().signbit().tolist() == [False, True]  # torch's own, on CUDA, loses the sign of a float16 NaN
 
 
 # Counting.
