@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import cache, update_wrapper
 from types import FunctionType, MethodType
 from typing import Any
+from weakref import ref
 
+import torch
 from torch import nn
 
 from lowprec.region import Region, run_in
@@ -17,11 +19,12 @@ class Entry:
     """Stands in front of a module's forward and runs it in a region, or in full precision where that is None.
 
     It is an attribute of the module, not a hook or another class: torch's fast paths, and whatever looks at the class
-    or the signature, see the module as it was.
+    or the signature, see the module as it was. It knows the module by a weak reference, so that a model and its memory
+    go when the last name for it goes.
     """
 
     def __init__(self, module: nn.Module, region: Region | None) -> None:
-        self.module = module
+        self.module = ref(module)
         self.region = region
         self.installed = False
         self.original = module.__dict__.get("forward")
@@ -29,29 +32,44 @@ class Entry:
     @property
     def forward(self) -> MethodType:
         """What the module's forward is while this is installed."""
-        kind: Any = type(self.module)
+        kind: Any = type(self.module())
         return MethodType(_like_forward_of(kind), self)
 
     def install(self) -> None:
         self.installed = True
-        self.module.__dict__.update({_ENTRY: self, "forward": self.forward})
+        self._attributes().update({_ENTRY: self, "forward": self.forward})
 
     def remove(self) -> None:
         """Give the module its forward back; if someone has put another on top since, only step aside beneath it."""
         self.installed = False
-        attributes = self.module.__dict__
+        attributes = self._attributes()
         del attributes[_ENTRY]
         if getattr(attributes.get("forward"), "__self__", None) is self:
             del attributes["forward"]
             if self.original is not None:
                 attributes["forward"] = self.original
 
+    def _attributes(self) -> dict[str, Any]:
+        """Those of the module itself, past whatever `__setattr__` it has."""
+        return vars(self.module())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "module": self.module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, module=ref(state["module"]))
+
 
 def _forward(self: Entry, *args: Any, **kwargs: Any) -> Any:
-    original = self.original
-    if original is None:
-        original, args = type(self.module).forward, (self.module, *args)
-    return run_in(self.region, original, args, kwargs) if self.installed else original(*args, **kwargs)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise ValueError("a model under a policy cannot be traced by torch.jit: use torch.export, or unwrap it")
+    function = self.original
+    if function is None:
+        module = self.module()
+        if module is None:
+            raise ReferenceError("this forward's module is gone: a wrapped module's forward does not keep it alive")
+        function, args = type(module).forward, (module, *args)
+    return run_in(self.region, function, args, kwargs) if self.installed else function(*args, **kwargs)
 
 
 @cache

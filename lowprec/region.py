@@ -38,7 +38,8 @@ class Region(TorchFunctionMode):
         self.formats = formats
         self.strict = strict
         self.missed: tuple[str, ...] = ()
-        self._keep(torch.zeros(len(KINDS), *COUNTERS, dtype=torch.int64, device=device))
+        with torch.inference_mode(False):
+            self._keep(torch.zeros(len(KINDS), *COUNTERS, dtype=torch.int64, device=device))
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

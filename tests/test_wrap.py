@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import pickle
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +149,20 @@ def test_keyword_arguments_and_hooks_reach_the_module() -> None:
     seen = []
     model.register_forward_hook(lambda module, args, y: seen.append(y))
     assert model(input=X) is seen[0]
+
+
+def test_a_model_goes_when_its_last_name_goes() -> None:
+    gc.disable()
+    try:
+        model = lp.wrap(Model(), "fp8")
+        step(model, X)
+        gone, forward = weakref.ref(model), model.forward
+        del model
+        assert gone() is None
+        with pytest.raises(ReferenceError, match="this forward's module is gone"):
+            forward(X)
+    finally:
+        gc.enable()
 
 
 # Copies and checkpoints.
@@ -550,6 +566,16 @@ def test_meta_and_fake_tensors_pass_uncounted() -> None:
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert model(mode.from_tensor(X)).shape == (4, 3)
     assert [row.calls for row in lp.report(model).rows] == [0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torch_jit_is_refused_and_torch_export_is_not() -> None:
+    model = lp.wrap(nn.Linear(8, 3), "fp8-forward")
+    with pytest.raises(ValueError, match="cannot be traced by torch.jit: use torch.export, or unwrap it"):
+        torch.jit.trace(model, X)
+    program = torch.export.export(model, (X,)).module()
+    assert torch.equal(program(2 * X), model(2 * X))
+    assert [row.calls for row in lp.report(model).rows] == [1], "an exported program rounds, and counts nothing"
 
 
 # Refusals.

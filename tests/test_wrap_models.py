@@ -379,15 +379,6 @@ def test_fully_sharded(one_process: None) -> None:
     assert {row.calls for row in lp.report(model).rows} == {1}
 
 
-def test_exported() -> None:
-    model, x = build("nn.Transformer")
-    lp.wrap(model.eval(), "fp8-forward")
-    program = torch.export.export(model, (x,)).module()
-    assert torch.equal(program(x), model(x))
-    calls = {row.calls for row in lp.report(model).rows}
-    assert calls == {1}, "an exported program rounds, and counts nothing"
-
-
 def test_generation_with_a_cache() -> None:
     model, x = build("gpt2")
     lp.wrap(model.eval(), "fp8-forward")
@@ -403,3 +394,48 @@ def test_an_average_of_a_wrapped_model() -> None:
     with torch.no_grad():
         model.head.weight.add_(1)
     assert not torch.equal(average(x), model(x))
+
+
+# On the GPU.
+
+
+@pytest.mark.gpu
+def test_a_captured_step_counts_at_every_replay() -> None:
+    model, x = build("gpt2")
+    lp.wrap(model.cuda(), FP8)
+    x = x.cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            y, gradients = step(model, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, others = step(model, x)
+    before = lp.report(model).rows
+    for _ in range(4):
+        graph.replay()
+    assert torch.equal(captured, y)
+    name = "transformer.h.0.attn.c_attn.weight"
+    torch.testing.assert_close(others[name], gradients[name])
+    for row, first in zip(lp.report(model).rows, before, strict=True):
+        assert row.calls == first.calls + 4
+        assert row.forward.elements * first.calls == first.forward.elements * row.calls
+
+
+@pytest.mark.gpu
+def test_compiled_into_a_cuda_graph() -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model = lp.wrap(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).cuda(), FP8)
+    x = torch.randn(32, 64, device="cuda")
+    y, _ = step(copy.deepcopy(model), x)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        result, _ = step(compiled, x)
+        torch.testing.assert_close(result, y, rtol=0.05, atol=0.05)
+    assert {row.calls for row in lp.report(model).rows} == {5}
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
