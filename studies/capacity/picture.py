@@ -25,7 +25,7 @@ def draw(summary: Summary) -> bytes:
         axes = figure.add_subplot()
         for index, format in enumerate(summary.config.formats):
             _format(axes, summary, format, index)
-        if summary.fit and summary.others:
+        if summary.width_helps and summary.others:
             _gap(axes, summary, summary.others[0])
         _label(axes, summary)
         file = io.BytesIO()
@@ -81,4 +81,4 @@ def _label(axes: Axes, summary: Summary) -> None:
     axes.set_ylabel("bits per character, test text")
     axes.set_title("What a format costs, in bits and in width")
     axes.grid(axis="y")
-    axes.legend(loc="upper right", title=f"mean of {config.seeds} seeds, 95%; dots: seeds")
+    axes.legend(title=f"mean of {config.seeds} seeds, 95%; dots: seeds")

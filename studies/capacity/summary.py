@@ -52,8 +52,13 @@ class Summary:
         weights = [0.0] * len(self.fit.groups) + [log(CLAIM)]
         return CLAIM - 1, self.fit.combination(weights)
 
+    @property
+    def width_helps(self) -> bool:
+        """Whether the slope is below zero beyond doubt; only then does a width make up for a format's cost."""
+        return self.fit is not None and self.fit.slope().high < 0
+
     def width_needed(self, format: str) -> Interval:
-        """The extra width, as a fraction, that makes up for a format's cost."""
+        """The extra width, as a fraction, that makes up for a format's cost, where `width_helps`."""
         assert self.fit is not None
         return Interval(*(exp(x) - 1 if x < 700 else inf for x in self.fit.shift(format, self.base)))
 
@@ -82,16 +87,23 @@ def _width(summary: Summary) -> str:
 def _format(summary: Summary, format: str) -> list[str]:
     assert summary.fit is not None
     base, margin = summary.base, summary.config.margin
-    offset, needed = summary.fit.offset(format, base), summary.width_needed(format)
+    offset = summary.fit.offset(format, base)
     difference, p = summary.fit.matches(format, base, log(CLAIM), margin)
     shown = "shown" if p < 0.05 else "not shown"
     verdict = _verdict(offset, f"it is better than {base}", "that is its cost")
     return [
         f"{format} changes bits per character by {text(offset, '+.4f')} at equal width: {verdict}.",
-        f"{format} needs {text(needed, '+.1%')} width to match {base} (Fieller's interval).",
+        _makes_up(summary, format),
         f"{format} with {CLAIM - 1:.1%} more width differs from {base} by {text(difference, '+.4f', 90)}: "
         f"equality within ±{margin} is {shown} (two one-sided tests, p = {p:.2g}).",
     ]
+
+
+def _makes_up(summary: Summary, format: str) -> str:
+    if not summary.width_helps:
+        return f"No width is shown to help in this run, so none can be said to make up for {format}: train for longer."
+    needed = text(summary.width_needed(format), "+.1%")
+    return f"{format} needs {needed} width to match {summary.base} (Fieller's interval)."
 
 
 def _verdict(effect: Interval, below: str, above: str) -> str:
@@ -128,7 +140,7 @@ def _numbers(summary: Summary, format: str) -> Json:
     difference, p = summary.fit.matches(format, summary.base, log(CLAIM), summary.config.margin)
     return {
         "offset": _plain(summary.fit.offset(format, summary.base)),
-        "width_needed": _plain(summary.width_needed(format)),
+        "width_needed": _plain(summary.width_needed(format)) if summary.width_helps else None,
         "at_claimed_width": _plain(difference) | {"confidence": 0.9, "p_equal": p, "margin": summary.config.margin},
     }
 
