@@ -44,13 +44,25 @@ void draw(const Draws& draws, int64_t begin, int64_t count, uint32_t* words) {
 }
 
 template <class AnyTally, class Op>
-LOWPREC_CLONES AnyTally cast_block(const Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count,
-                                   const uint32_t* words) {
+LOWPREC_INLINE AnyTally cast_all(const Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count,
+                                 const uint32_t* words) {
   AnyTally tally;
   // Each element is read before its own place is written, also where x and out are the same array.
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) out[i] = op(x[i], Op::random ? words[i] : 0, tally);
   return tally;
+}
+
+/// One loop for regular grids and one for the others, each without the branch that tells them apart.
+template <class AnyTally, class Op>
+LOWPREC_CLONES AnyTally cast_block(Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count,
+                                   const uint32_t* words) {
+  if (op.grid.regular) {
+    op.grid.regular = true;
+    return cast_all<AnyTally>(op, x, out, count, words);
+  }
+  op.grid.regular = false;
+  return cast_all<AnyTally>(op, x, out, count, words);
 }
 
 /// Sums of tallies from several threads. Integers, so their order does not matter.

@@ -1,7 +1,7 @@
 // One value cast: quantize (value to value), encode (value to code), decode (code to value), for host and device.
 //
 // All of it is integer arithmetic. Conditions choose between values that are both at hand, so that loops over a cast
-// turn into vector code.
+// turn into vector code. The one branch is on `grid.regular`, the same for a whole call.
 #pragma once
 
 #include <cstdint>
@@ -43,40 +43,45 @@ class Decode {
   using Output = typename C::Bits;
   static constexpr bool random = false;
 
+  Grid grid;
+
   explicit Decode(const Format& format)
-      : grid_(Grid::of(format, C{})),
+      : grid(Grid::of(format, C{})),
         sign_code_(format.sign_code()),
-        negative_zero_(format.has_negative_zero()),
-        next_(format.has_infinity() ? C::infinity : C::quiet_nan) {}
+        next_(format.has_infinity() ? C::infinity : C::quiet_nan),
+        minus_zero_(format.has_negative_zero() ? C::sign : C::quiet_nan),
+        first_signed_(format.has_negative_zero() ? 0 : 1) {}
 
   template <class AnyTally>
   LOWPREC_INLINE Output operator()(Code code, uint32_t, AnyTally&) const {
     const uint32_t magnitude = code & (sign_code_ - 1);
-    const bool negative = code & sign_code_;
-    const Word special = magnitude == grid_.max_code + 1 ? next_ : C::quiet_nan;
+    const Word special = magnitude == grid.max_code + 1 ? next_ : C::quiet_nan;
     Word bits = finite(magnitude);
-    if (magnitude > grid_.max_code) bits = special;
-    if (negative & (negative_zero_ | (bits != 0))) bits |= C::sign;
-    if (negative & !negative_zero_ & (magnitude == 0)) bits = C::quiet_nan;
-    return static_cast<Output>(bits);
+    if (magnitude > grid.max_code) bits = special;
+    return static_cast<Output>(with_sign(bits, code & sign_code_ ? C::sign : 0, magnitude == 0));
   }
 
  private:
   using Word = typename C::Word;
 
   LOWPREC_INLINE Word finite(uint32_t magnitude) const {
-    const int field = static_cast<int>(magnitude >> grid_.mantissa_bits);
-    const Word position = static_cast<Word>(magnitude) << grid_.normal_drop;
-    const Magnitude<C> x = {position + Magnitude<C>::origin(grid_.min_exponent),
-                            grid_.min_exponent + max(field - 1, 0)};
+    const int field = static_cast<int>(magnitude >> grid.mantissa_bits);
+    const Word position = static_cast<Word>(magnitude) << grid.normal_drop;
+    const Magnitude<C> x = {position + Magnitude<C>::origin(grid.min_exponent), grid.min_exponent + max(field - 1, 0)};
     const Word bits = denormalise(normalise(x, C::fraction_bits), C::fraction_bits).bits;
-    return magnitude >> grid_.gap == 0 ? 0 : bits;
+    return magnitude >> grid.gap == 0 ? 0 : bits;
   }
 
-  Grid grid_;
+  LOWPREC_INLINE Word with_sign(Word bits, Word sign, bool zero) const {
+    if (grid.regular) return bits | sign;
+    if (bits >= first_signed_) bits |= sign;
+    return zero & (sign != 0) ? minus_zero_ : bits;
+  }
+
   uint32_t sign_code_;
-  bool negative_zero_;
-  Word next_;  // what the code after the largest finite one means
+  Word next_;          // what the code after the largest finite one means
+  Word minus_zero_;    // what the code of -0 means
+  Word first_signed_;  // the smallest magnitude that can be negative
 };
 
 /// Value to value of the format, by `Mode`, in a container that holds every finite one. NaN stays as it is.
@@ -87,13 +92,15 @@ class Quantize {
   using Output = Input;
   static constexpr bool random = Mode::random;
 
+  Grid grid;
+
   Quantize(const Format& format, bool saturate)
-      : grid_(Grid::of(format, C{})), first_signed_(format.has_negative_zero() ? 0 : 1) {
+      : grid(Grid::of(format, C{})), first_signed_(format.has_negative_zero() ? 0 : 1) {
     const Decode<uint32_t, C> decode(format);
     NoTally none;
-    smallest_ = decode(1u << grid_.gap, 0, none);
-    largest_ = decode(grid_.max_code, 0, none);
-    const bool stays = format.overflow_code(saturate) == grid_.max_code;
+    smallest_ = decode(1u << grid.gap, 0, none);
+    largest_ = decode(grid.max_code, 0, none);
+    const bool stays = format.overflow_code(saturate) == grid.max_code;
     overflow_ = stays ? largest_ : format.has_infinity() ? C::infinity : C::quiet_nan;
   }
 
@@ -101,11 +108,11 @@ class Quantize {
   LOWPREC_INLINE Output operator()(Input x, uint32_t word, AnyTally& tally) const {
     const Word magnitude = x & (C::sign - 1);
     const bool negative = x & C::sign;
-    const auto from = read<C>(grid_, magnitude);
-    const auto to = round_to<Mode, Word>(grid_, from, 0, negative, word);
+    const auto from = read<C>(grid, magnitude);
+    const auto to = round_to<Mode, Word>(grid, from, 0, negative, word);
 
     const Word position = to.position + Magnitude<C>::origin(to.exponent);
-    Word bits = write<C>(grid_, {position, from.exponent});
+    Word bits = write<C>(grid, {position, from.exponent});
     // Next to zero the position says nothing: its exponent may be far below that of the smallest value.
     const Word small = to.position != 0 ? smallest_ : 0;
     if (to.lower == 0) bits = small;
@@ -122,11 +129,10 @@ class Quantize {
   using Word = typename C::Word;
 
   LOWPREC_INLINE Word with_sign(Word bits, Word sign) const {
-    LOWPREC_SKIP_IF(grid_.regular, bits | sign);
+    if (grid.regular) return bits | sign;
     return bits >= first_signed_ ? bits | sign : bits;
   }
 
-  Grid grid_;
   Word first_signed_;  // the smallest magnitude that can be negative
   Word smallest_;      // nonzero
   Word largest_;       // finite
@@ -141,9 +147,11 @@ class Encode {
   using Output = Code;
   static constexpr bool random = Mode::random;
 
+  Grid grid;
+
   Encode(const Format& format, bool saturate)
-      : grid_(Grid::of(format, C{})),
-        lift_(max(-grid_.normal_drop, 0)),
+      : grid(Grid::of(format, C{})),
+        lift_(max(-grid.normal_drop, 0)),
         overflow_(format.overflow_code(saturate)),
         nan_(format.nan_code()),
         sign_(format.sign_code()),
@@ -154,10 +162,10 @@ class Encode {
   LOWPREC_INLINE Output operator()(Input x, uint32_t word, AnyTally&) const {
     const auto magnitude = static_cast<typename C::Word>(x & (C::sign - 1));
     const bool negative = x & C::sign;
-    const auto from = read<C>(grid_, magnitude);
-    Word code = from_bottom(round_to<Mode, Word>(grid_, from, lift_, negative, word).code, magnitude == 0);
-    const uint32_t limit = Mode::overflows(negative) ? overflow_ : grid_.max_code;
-    if (code > grid_.max_code) code = limit;
+    const auto from = read<C>(grid, magnitude);
+    Word code = from_bottom(round_to<Mode, Word>(grid, from, lift_, negative, word).code, magnitude == 0);
+    const uint32_t limit = Mode::overflows(negative) ? overflow_ : grid.max_code;
+    if (code > grid.max_code) code = limit;
     if (magnitude == C::infinity) code = overflow_;
     const bool nan = magnitude > C::infinity;
     if (nan) code = nan_;
@@ -172,11 +180,10 @@ class Encode {
 
   /// The code as it counts from zero, from where the grid counts.
   LOWPREC_INLINE Word from_bottom(Word code, bool zero) const {
-    LOWPREC_SKIP_IF(grid_.regular, code);
-    return zero ? code : code + static_cast<Word>(grid_.skipped);
+    if (grid.regular) return code;
+    return zero ? code : code + static_cast<Word>(grid.skipped);
   }
 
-  Grid grid_;
   int lift_;  // digits that the format has more than the container
   uint32_t overflow_;
   uint32_t nan_;

@@ -25,7 +25,7 @@ struct Grid {
   int normal_drop;   // digits that the container has more than the format, in a normal number
   int gap;           // mantissa_bits where there are no subnormals, else 0
   int depth;         // how far to normalise the container's subnormal numbers: 0 if the format spaces them evenly
-  bool regular;      // whether depth, gap and skipped are 0 and -0 exists: the common formats, for whom kernels hurry
+  bool regular;      // whether depth, gap and skipped are 0 and -0 exists, as in most formats: those take a shorter way
   uint32_t max_code;
   uint64_t skipped;  // codes below those that numbers of the container can round to
   uint32_t one = 1;  // unknown to the compiler: GCC 12 makes no vector code of a 64-bit constant that is shifted
@@ -63,21 +63,21 @@ struct Grid {
 template <class C>
 LOWPREC_INLINE Magnitude<C> read(const Grid& grid, typename C::Word bits) {
   const auto x = Magnitude<C>::read(bits);
-  LOWPREC_SKIP_IF(grid.regular, x);
+  if (grid.regular) return x;
   return normalise(x, grid.depth);
 }
 
 /// And back to its bits.
 template <class C>
 LOWPREC_INLINE typename C::Word write(const Grid& grid, Magnitude<C> x) {
-  LOWPREC_SKIP_IF(grid.regular, x.bits);
+  if (grid.regular) return x.bits;
   return denormalise(x, grid.depth).bits;
 }
 
 /// Digits dropped below the smallest normal number on top of what its distance makes: without subnormals it is one
 /// spacing above zero.
 LOWPREC_INLINE int gap_below(const Grid& grid, int exponent) {
-  LOWPREC_SKIP_IF(grid.regular, 0);
+  if (grid.regular) return 0;
   return exponent < grid.min_exponent ? grid.gap : 0;
 }
 

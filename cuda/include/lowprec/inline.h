@@ -19,16 +19,6 @@
 #define LOWPREC_CLONES
 #endif
 
-// Leave a function early on a condition that is the same for every element of a call. On the device that branch costs
-// next to nothing. A loop on the host turns into vector code only without it, so there the work is done all the same,
-// and must change nothing.
-#ifdef __CUDA_ARCH__
-#define LOWPREC_SKIP_IF(condition, result) \
-  if (condition) return result
-#else
-#define LOWPREC_SKIP_IF(condition, result)
-#endif
-
 namespace lowprec {
 
 LOWPREC_INLINE constexpr int min(int a, int b) { return a < b ? a : b; }
