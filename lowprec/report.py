@@ -231,5 +231,7 @@ def _name(path: str) -> str:
     return path or "(model)"
 
 
-def _listed(paths: Sequence[str]) -> str:
-    return ", ".join(map(_name, paths))
+def _listed(paths: Sequence[str], most: int = 8) -> str:
+    """The first paths, and how many there are if that is not all."""
+    rest = f", ... ({len(paths)} in all)" if len(paths) > most else ""
+    return ", ".join(map(_name, paths[:most])) + rest

@@ -533,6 +533,12 @@ def test_report_is_a_table() -> None:
     assert len({len(line) for line in table}) == 1
 
 
+def test_long_lists_are_cut_in_the_table_alone() -> None:
+    report = lp.report(lp.wrap(nn.Sequential(nn.Linear(2, 2), *[nn.LayerNorm(2) for _ in range(12)]), "fp8"))
+    assert len(report.elementwise) == 12
+    assert str(report).endswith("1, 2, 3, 4, 5, 6, 7, 8, ... (12 in all).")
+
+
 def test_counters_survive_inference_mode_and_follow_the_device() -> None:
     model = lp.wrap(nn.Linear(8, 3), POLICY)
     with torch.inference_mode():

@@ -174,6 +174,18 @@ def test_self_attention(batched: bool) -> None:
     compare(nn.MultiheadAttention(16, 4), [x, x, x], {"key_padding_mask": padding})
 
 
+def test_static_keys_and_values() -> None:
+    layer, x = nn.MultiheadAttention(16, 4), torch.randn(6, 2, 16)
+    static = {"static_k": torch.randn(8, 5, 4), "static_v": torch.randn(8, 5, 4)}
+
+    def attention(x: Tensor) -> Tensor:
+        weights = (layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0)
+        out = (layer.out_proj.weight, layer.out_proj.bias)
+        return F.multi_head_attention_forward(x, x, x, 16, 4, *weights, *out, **static)[0]
+
+    torch.testing.assert_close(lp.wrap(Call(attention), EXACT)(x), attention(x), rtol=1e-5, atol=1e-6)
+
+
 def test_projections_and_products_are_rounded() -> None:
     layer = lp.wrap(nn.MultiheadAttention(16, 4, batch_first=True), POLICY)
     (x,) = leaves(torch.randn(2, 6, 16))
