@@ -77,6 +77,10 @@ class Region(TorchFunctionMode):
             counts[0, 0].add_(1)
         return Roles(self.formats, counts, again=again)
 
+    def note(self, name: str, x: Tensor) -> None:
+        """Count a call of an op that reads the formats and rounds by itself, as the report names it."""
+        self._roles(KINDS.index(name), x)
+
     def miss(self, name: str) -> None:
         """Refuse or remember something that is not covered."""
         if self.strict:

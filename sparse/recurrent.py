@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 from lowprec._ops import layer_norm_back, sigmoid_back, tanh_back
 from lowprec.cast import quantize
 from lowprec.formats import FloatFormat
+from lowprec.formats import format as lookup
 from lowprec.policy import Policy, as_policy
+from lowprec.region import Region, put_back, take
 from lowprec.sparse.rounding import caster
 
 EPS = 1e-6
@@ -29,7 +31,7 @@ FORGET = 1
 State = tuple[Tensor, Tensor]
 """Hidden state h and cell state c."""
 
-Formats = tuple[FloatFormat | None, ...]
+Formats = tuple[FloatFormat | None, FloatFormat | None, FloatFormat | None, FloatFormat | None]
 """Of the roles activation, weight, activation_grad and weight_grad; None for full precision."""
 
 
@@ -106,7 +108,7 @@ class Cell:
         wide: torch.dtype,
         container: torch.dtype,
         device_type: str,
-        fuse: bool,
+        fuse: bool = False,
     ) -> None:
         activation, weight, grad, weight_grad = formats
         self.round, self.round_grad = (caster(fmt, wide, device_type, fuse) for fmt in (activation, grad))
@@ -208,10 +210,8 @@ class Cell:
         return self.round_weight_grad(product(x.mT, dz.flatten(-2)))
 
 
-@lru_cache(maxsize=256)
-def make_cell(formats: Formats, wide: torch.dtype, container: torch.dtype | None, device_type: str, fuse: bool) -> Cell:
-    """One cell for all layers of a kind, so that it is compiled once."""
-    return Cell(formats, wide, container or wide, device_type, fuse)
+compiled_cell = lru_cache(maxsize=256)(partial(Cell, fuse=True))
+"""One cell for all layers of a kind, so that its steps are compiled once."""
 
 
 class Chunk(torch.autograd.Function):
@@ -331,9 +331,7 @@ class Recurrent(nn.Module):
         x = x.unsqueeze(0) if self.replicas is None else x
         shape = (x.shape[0], x.shape[2], self.hidden_size)
         h, c = (part.reshape(shape) for part in state) if state else (x.new_zeros(shape), x.new_zeros(shape))
-        cell = make_cell(self._formats(), x.dtype, self.container, x.device.type, self.compile_step)
-        with torch.autocast(x.device.type, enabled=False):
-            hs, h, c = Chunk.apply(cell, x, h, c, self._keep(x), *self._flat())  # type: ignore[no-untyped-call]
+        hs, h, c = self._run(x, h, c)
         return (hs, (h, c)) if self.replicas is not None else (hs[0], (h[0], c[0]))
 
     def extra_repr(self) -> str:
@@ -341,9 +339,31 @@ class Recurrent(nn.Module):
         given = [f"{name}={value}" for name, value in options.items() if value is not None]
         return ", ".join([str(self.input_size), str(self.hidden_size), *given])
 
+    def _run(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The chunk, out of sight of `lowprec.wrap` and autocast: what is rounded here is rounded by hand."""
+        region, place = take()
+        try:
+            formats = self._formats() if region is None else self._formats_of(region, x)
+            make_cell = compiled_cell if self.compile_step else Cell
+            cell = make_cell(formats, x.dtype, self.container or x.dtype, x.device.type)
+            with torch.autocast(x.device.type, enabled=False):
+                results = Chunk.apply(cell, x, h, c, self._keep(x), *self._flat())  # type: ignore[no-untyped-call]
+        finally:
+            put_back(region, place)
+        hs, h, c = results
+        return hs, h, c
+
     def _formats(self) -> Formats:
         p = self.policy
-        return (p.activation, p.weight, p.activation_grad, p.weight_grad) if p else (None,) * 4
+        return (p.activation, p.weight, p.activation_grad, p.weight_grad) if p else (None, None, None, None)
+
+    def _formats_of(self, region: Region, x: Tensor) -> Formats:
+        """Those of the policy that the layer was wrapped in, instead of its own."""
+        region.note("lstm", x)
+        activation, weight, grad, weight_grad = (None if fmt is None else lookup(fmt) for fmt in region.formats)
+        formats = activation, weight, grad, weight_grad
+        _require_container(self.container, formats)
+        return formats
 
     def _flat(self) -> list[Tensor | None]:
         """Every map's weight [R, in, G·H], gain and bias [R, 1, G, H]."""
@@ -409,7 +429,7 @@ class LSTM(Recurrent):
             inputs and outputs, are rounded to `activation` or `weight`; their gradients to `activation_grad`; a
             weight's gradient, once formed for the chunk, to `weight_grad`. To nearest, ties to even; ieee formats
             overflow to infinity, others saturate. c, the statistics of layer norms, gains, biases and the parameters
-            themselves keep full precision.
+            themselves keep full precision. `lowprec.wrap` puts its policy in the place of this one.
         replicas: R independent layers, stacked; None for one without the leading dimension.
         dropout: probability of dropping elements of u, in training.
         container: the dtype that operands and stored values take, which must hold their formats: bfloat16 runs products

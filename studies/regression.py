@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import atan2, cos, inf, isfinite, pi, sin, sqrt
+from math import atan2, copysign, cos, inf, isfinite, pi, sin, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -80,8 +80,8 @@ class CommonSlope:
         weights = self._offset(group, base)
         weights[-1] = shift
         difference, error = self.combination(weights, 0.90), self._error(weights)
-        nearest = margin - abs(difference.estimate)
-        return difference, (1 - t_within(nearest / error, self.freedom)) / 2 if nearest > 0 else 1.0
+        t = (margin - abs(difference.estimate)) / error
+        return difference, (1 - copysign(t_within(abs(t), self.freedom), t)) / 2
 
     def at(self, group: str, x: float) -> float:
         """The fitted y."""

@@ -298,6 +298,21 @@ def test_bfloat16_containers_change_no_value() -> None:
     assert torch.equal(results[0][0], results[1][0])
 
 
+@pytest.mark.parametrize("make", [sparse.MLSTM, sparse.LSTM])
+def test_wrap_puts_its_policy_in_place_of_the_layers(make: Any) -> None:
+    own, wrapped = (nn.Sequential(perturbed(make(6, 8, policy=policy))) for policy in ("fp8", "fp8-forward"))
+    wrapped.load_state_dict(own.state_dict())
+    lp.wrap(wrapped, "fp8", strict=True)
+    x = torch.randn(3, 2, 6)
+    results = []
+    for model in (own, wrapped):
+        hs, _ = model(x)
+        hs.square().mean().backward()
+        results.append([hs, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert [(row.path, row.kind, row.calls) for row in lp.report(wrapped).rows] == [("0", "lstm", 1)]
+
+
 # Replicas, states, beginnings, errors.
 
 

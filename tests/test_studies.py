@@ -258,7 +258,7 @@ def test_without_noise_the_numbers_come_back() -> None:
     difference, p = fitted.matches("b", "a", 0.25, margin=0.01)
     assert difference.estimate == pytest.approx(0, abs=1e-8)
     assert p < 1e-6
-    assert fitted.matches("b", "a", 0.0, margin=0.01)[1] == 1.0
+    assert fitted.matches("b", "a", 0.0, margin=0.01)[1] > 0.999
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
