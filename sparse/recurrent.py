@@ -123,7 +123,8 @@ class Cell:
         return x.to(self.container)
 
     def make_linear(self, weight: Tensor, gain: Tensor | None, bias: Tensor) -> Linear:
-        return Linear(self.hold(self.round_weight(weight)), gain, bias)
+        weight = self.hold(self.round_weight(weight.detach()))
+        return Linear(weight, None if gain is None else gain.detach(), bias.detach())
 
     def _linear(self, x: Tensor, p: Linear) -> tuple[Tensor, Norm | None]:
         """[R, N, in] -> LN(x · W) [R, N, G, H]; the product and the output of the norm are both rounded."""

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import lzma
 import zlib
-from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +32,9 @@ class Corpus(NamedTuple):
     test: Tensor
 
 
-def load(path: str = "", split: Sequence[int] = (90, 5, 5)) -> Corpus:
-    """Read a text and split it.
+@lru_cache(maxsize=1)
+def load(path: str = "", split: tuple[int, ...] = (90, 5, 5)) -> Corpus:
+    """Read a text and split it; the last one read is kept.
 
     Args:
         path: a file of bytes, plain or packed by xz or gzip (told by its first bytes); empty for the embedded text.

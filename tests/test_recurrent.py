@@ -313,6 +313,19 @@ def test_wrap_puts_its_policy_in_place_of_the_layers(make: Any) -> None:
     assert [(row.path, row.kind, row.calls) for row in lp.report(wrapped).rows] == [("0", "lstm", 1)]
 
 
+def test_compiled_steps_compute_the_same(device: torch.device) -> None:
+    plain = perturbed(sparse.MLSTM(4, 8, 2, policy="fp8", device=device))
+    compiled = sparse.MLSTM(4, 8, 2, policy="fp8", compile=True, device=device)
+    compiled.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 2, 4, device=device)
+    results = []
+    for layer in (plain, compiled):
+        hs, (_, c) = layer(x)
+        hs.square().mean().backward()
+        results.append([hs, c, *(p.grad for p in layer.parameters())])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
 # Replicas, states, beginnings, errors.
 
 

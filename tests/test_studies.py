@@ -541,13 +541,14 @@ def stopped(process: subprocess.Popen[str], folder: Path, sign: signal.Signals, 
 
 def test_ctrl_c_and_kill_then_resume(tiny: dict[str, str], finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = command(folder, "--quick", *(f"{key}={value}" for key, value in tiny.items()))
+    settings = [f"{key}={value}" for key, value in tiny.items()]
+    process = command(folder, "--quick", *settings, "workers=1")
     code, output = stopped(process, folder, signal.SIGINT, group=True)
     assert code == 130, output
     assert "4 cells are done; saved of the others:" in output
     assert "Traceback" not in output
     assert not (folder / "results.json").exists()
-    code, _ = stopped(command(folder, "--resume"), folder, signal.SIGKILL, group=False)
+    code, _ = stopped(command(folder, "--resume", "workers=1"), folder, signal.SIGKILL, group=False)
     assert code == -signal.SIGKILL
     process = command(folder, "--resume")
     output, _ = process.communicate(timeout=240)
@@ -611,3 +612,22 @@ def test_flat_parameters_are_views() -> None:
     assert all(torch.equal(p, e) for p, e in zip(layer, expected, strict=True))
     flat.zero_()
     assert not any(p.any() for p in layer)
+
+
+def test_every_setting_is_documented() -> None:
+    def typed(value: Any) -> str:
+        text = (
+            ",".join(map(str, value))
+            if isinstance(value, tuple)
+            else f"{value:g}"
+            if isinstance(value, float)
+            else str(value)
+        )
+        return text.lower()
+
+    page = (ROOT / "docs" / "studies.md").read_text().splitlines()
+    for name, field in Config.__dataclass_fields__.items():
+        row = next(line for line in page if line.startswith(f"| `{name}` |"))
+        default, quick = (cell.strip() for cell in row.split("|")[2:4])
+        assert default == {"data": "the embedded text", "cells": "all"}.get(name, typed(field.default))
+        assert quick == typed(capacity.QUICK.get(name, ""))

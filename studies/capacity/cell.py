@@ -21,6 +21,9 @@ from lowprec.studies.train import Plan, Trainer
 LINES = 200
 """Lines of metrics that a cell writes; it can stop after each."""
 
+SHARE = 20
+"""Between two checkpoints a cell trains at least so many times as long as it takes to write one."""
+
 
 def run(config: Config, format: str, width: int, folder: Path, stop: Stop) -> None:
     """Train and score a cell, going on from its checkpoint.
@@ -99,7 +102,7 @@ def _restored(trainer: Trainer, folder: Path) -> record.Json | None:
 def _train(trainer: Trainer, config: Config, folder: Path, state: record.Json, stop: Stop) -> bool:
     """Train to the end, or until told to stop; whether it is the end."""
     done, total = int(trainer.count), trainer.plan.updates
-    saved = time.monotonic()
+    due = time.monotonic() + config.save
     while done < total and not stop():
         began = time.perf_counter()
         lap = min(math.ceil(total / LINES), total - done)
@@ -107,9 +110,10 @@ def _train(trainer: Trainer, config: Config, folder: Path, state: record.Json, s
         done, seconds = done + lap, time.perf_counter() - began
         state["seconds"] += seconds
         _note(folder, done, bpc, trainer.symbols * lap / seconds)
-        if done == total or stop() or time.monotonic() > saved + config.save:
+        if done == total or stop() or time.monotonic() > due:
+            began = time.monotonic()
             record.save_checkpoint(folder / "checkpoint.pt", state | {"tensors": trainer.tensors()})
-            saved = time.monotonic()
+            due = time.monotonic() + max(config.save, SHARE * (time.monotonic() - began))
     return done == total
 
 
