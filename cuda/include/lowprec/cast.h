@@ -50,7 +50,10 @@ class Decode {
         sign_code_(format.sign_code()),
         next_(format.has_infinity() ? C::infinity : C::quiet_nan),
         minus_zero_(format.has_negative_zero() ? C::sign : C::quiet_nan),
-        first_signed_(format.has_negative_zero() ? 0 : 1) {}
+        first_signed_(format.has_negative_zero() ? 0 : 1) {
+    // Here what matters is whether values, not inputs, are normal numbers of the container.
+    grid.regular = grid.regular && grid.min_exponent >= grid.mantissa_bits;
+  }
 
   template <class AnyTally>
   LOWPREC_INLINE Output operator()(Code code, uint32_t, AnyTally&) const {
@@ -65,11 +68,10 @@ class Decode {
   using Word = typename C::Word;
 
   LOWPREC_INLINE Word finite(uint32_t magnitude) const {
-    const int field = static_cast<int>(magnitude >> grid.mantissa_bits);
-    const Word position = static_cast<Word>(magnitude) << grid.normal_drop;
-    const Magnitude<C> x = {position + Magnitude<C>::origin(grid.min_exponent), grid.min_exponent + max(field - 1, 0)};
-    const Word bits = denormalise(normalise(x, C::fraction_bits), C::fraction_bits).bits;
-    return magnitude >> grid.gap == 0 ? 0 : bits;
+    const int exponent = max(static_cast<int>(magnitude >> grid.mantissa_bits) - 1, 0);
+    const Word significand = magnitude - (static_cast<Word>(exponent) << grid.mantissa_bits);
+    const auto x = normalise<C>(significand, exponent + grid.min_exponent, grid.mantissa_bits);
+    return magnitude >> grid.gap == 0 ? 0 : write(grid, x);
   }
 
   LOWPREC_INLINE Word with_sign(Word bits, Word sign, bool zero) const {

@@ -44,41 +44,36 @@ struct Magnitude {
     return {bits, max(static_cast<int>(bits >> C::fraction_bits) - 1, 0)};
   }
 
-  static LOWPREC_INLINE Magnitude of(Word significand, int exponent) {
-    return {significand + origin(exponent), exponent};
-  }
-
   /// Where significands of an exponent begin. Wraps below exponent 0, and differences come out right all the same.
   static LOWPREC_INLINE Word origin(int exponent) { return static_cast<Word>(exponent) << C::fraction_bits; }
 
   LOWPREC_INLINE Word significand() const { return bits - origin(exponent); }
 };
 
-/// Index of the leading one, from the exact float of n; below 2^24.
-LOWPREC_INLINE int floor_log2(uint32_t n) {
-  return static_cast<int>(bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(n))) >> 23) - 127;
+/// The bits of an integer as a float of its own width: exact below 2^24 and 2^53.
+LOWPREC_INLINE uint32_t float_bits(uint32_t n) {
+  return bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(n)));
+}
+LOWPREC_INLINE uint64_t float_bits(uint64_t n) {
+  return bit_cast<uint64_t>(static_cast<double>(static_cast<int64_t>(n)));
 }
 
-/// Index of the leading one, from the exact double of n; below 2^53.
-LOWPREC_INLINE int floor_log2(uint64_t n) {
-  return static_cast<int>(bit_cast<uint64_t>(static_cast<double>(static_cast<int64_t>(n))) >> 52) - 1023;
-}
-
-/// Let the exponent of a subnormal number sink, by up to `depth`, until its leading one stands where normal numbers
-/// have theirs. Zero, which has none, sinks below every format.
+/// significand · 2^(exponent - point) as a normal number, with an exponent below 0 where need be. Zero has no leading
+/// one to normalise by; its exponent falls below those of all other numbers.
 template <class C>
-LOWPREC_INLINE Magnitude<C> normalise(Magnitude<C> x, int depth) {
-  constexpr int bottom = -4096;
-  const auto significand = x.significand();
-  const int missing = min(C::fraction_bits - floor_log2(significand), depth);
-  return Magnitude<C>::of(significand << missing, significand == 0 ? bottom : x.exponent - missing);
+LOWPREC_INLINE Magnitude<C> normalise(typename C::Word significand, int exponent, int point) {
+  // The float of an integer is normalised already. What is left to do is to move its exponent.
+  using Float = std::conditional_t<(sizeof(significand) > 4), Float64, Float32>;
+  const auto x = Magnitude<Float>::read(float_bits(significand));
+  const int move = exponent + 1 - point - Float::bias;
+  return {(x.bits >> (Float::fraction_bits - C::fraction_bits)) + Magnitude<C>::origin(move), x.exponent + move};
 }
 
-/// Let it rise to 0 again. The bits that this drops are zero, if the container holds the number.
+/// The bits of a magnitude that the container holds, though its exponent may be below 0: what it drops then is zeros.
 template <class C>
-LOWPREC_INLINE Magnitude<C> denormalise(Magnitude<C> x, int depth) {
-  const int missing = min(max(-x.exponent, 0), depth);
-  return Magnitude<C>::of(x.significand() >> missing, x.exponent + missing);
+LOWPREC_INLINE typename C::Word denormalise(Magnitude<C> x) {
+  const int missing = min(max(-x.exponent, 0), C::fraction_bits + 1);
+  return (x.significand() >> missing) + Magnitude<C>::origin(x.exponent + missing);
 }
 
 }  // namespace lowprec

@@ -24,8 +24,8 @@ struct Grid {
   int min_exponent;  // of the smallest normal number
   int normal_drop;   // digits that the container has more than the format, in a normal number
   int gap;           // mantissa_bits where there are no subnormals, else 0
-  int depth;         // how far to normalise the container's subnormal numbers: 0 if the format spaces them evenly
-  bool regular;      // whether depth, gap and skipped are 0 and -0 exists, as in most formats: those take a shorter way
+  bool regular;      // no gap, nothing skipped, -0 exists, and the container has subnormal numbers only where the
+                     // format has some: so in most formats, which take a shorter way
   uint32_t max_code;
   uint64_t skipped;  // codes below those that numbers of the container can round to
   uint32_t one = 1;  // unknown to the compiler: GCC 12 makes no vector code of a 64-bit constant that is shifted
@@ -39,13 +39,12 @@ struct Grid {
     grid.min_exponent = format.emin() - plain + C::bias - 1;
     grid.normal_drop = C::fraction_bits - grid.mantissa_bits;
     grid.gap = format.subnormals ? 0 : grid.mantissa_bits;
-    grid.depth = grid.min_exponent < (format.subnormals ? 0 : 1) ? C::fraction_bits : 0;
     grid.max_code = format.max_code();
     const int max_exponent = grid.min_exponent + static_cast<int>(grid.max_code >> grid.mantissa_bits) - 1;
     grid.within = grid.normal_drop >= 0 && grid.min_exponent - grid.mantissa_bits >= -C::fraction_bits &&
                   max_exponent < 2 * C::bias;
     grid.skip_unreachable(-C::fraction_bits - 2);
-    grid.regular = grid.depth == 0 && grid.gap == 0 && grid.skipped == 0 && format.has_negative_zero();
+    grid.regular = grid.min_exponent >= 0 && format.subnormals && format.has_negative_zero();
     return grid;
   }
 
@@ -59,26 +58,23 @@ struct Grid {
   }
 };
 
-/// A container's magnitude as a grid needs it: normalised, where the grid has normal numbers that it has not.
+/// A container's magnitude as a grid needs it: normalised, where that may make a difference.
 template <class C>
 LOWPREC_INLINE Magnitude<C> read(const Grid& grid, typename C::Word bits) {
   const auto x = Magnitude<C>::read(bits);
-  if (grid.regular) return x;
-  return normalise(x, grid.depth);
+  return grid.regular ? x : normalise<C>(x.significand(), x.exponent, C::fraction_bits);
 }
 
 /// And back to its bits.
 template <class C>
 LOWPREC_INLINE typename C::Word write(const Grid& grid, Magnitude<C> x) {
-  if (grid.regular) return x.bits;
-  return denormalise(x, grid.depth).bits;
+  return grid.regular ? x.bits : denormalise(x);
 }
 
 /// Digits dropped below the smallest normal number on top of what its distance makes: without subnormals it is one
 /// spacing above zero.
 LOWPREC_INLINE int gap_below(const Grid& grid, int exponent) {
-  if (grid.regular) return 0;
-  return exponent < grid.min_exponent ? grid.gap : 0;
+  return !grid.regular && exponent < grid.min_exponent ? grid.gap : 0;
 }
 
 /// A magnitude rounded to a grid.
