@@ -62,7 +62,7 @@ def quantize(
     Source: docs/numerics.md, sections 1 to 3.
     """
     _require_float("x", x)
-    fields = _fields(fmt, x.dtype)
+    fields = fields_of(fmt, x.dtype)
     args = (fields, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
     if out is not None:
         return _write(_ops.quantize_out, x, args, out, x.dtype)
@@ -97,7 +97,7 @@ def encode(
         TypeError, ValueError: as `quantize`.
     """
     _require_float("x", x)
-    fields = _fields(fmt)
+    fields = fields_of(fmt)
     args = (fields, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
     if out is not None:
         return _write(_ops.encode_out, x, args, out, code_dtype(fields))
@@ -128,7 +128,7 @@ def decode(
     codes, fmt = _codes_and_format(codes, fmt)
     if dtype not in CONTAINERS:
         raise TypeError(f"dtype must be one of {_names(CONTAINERS)}, got {dtype}")
-    fields = _fields(fmt, dtype)
+    fields = fields_of(fmt, dtype)
     if codes.dtype != code_dtype(fields):
         raise TypeError(f"codes of {fmt} are {code_dtype(fields)}, got {codes.dtype}")
     if out is not None:
@@ -190,7 +190,7 @@ class DualQuantize(QuickApply, Quantize):
 # makes symbolic, and is looked up outside its sight.
 
 
-def _fields(fmt: FormatLike, dtype: torch.dtype | None = None) -> list[int]:
+def fields_of(fmt: FormatLike, dtype: torch.dtype | None = None) -> list[int]:
     """The integers of a format that a dtype, if given, must hold."""
     spec = str(fmt) if isinstance(fmt, FloatFormat) else fmt
     return [int(field) for field in _describe(spec, dtype).split()]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from lowprec import attention, products, recurrent
+from lowprec import _ops, attention, products, recurrent
 from lowprec.eager import CONTAINERS
 from lowprec.roles import is_learnt
 
@@ -86,13 +86,13 @@ def missed(function: Function, args: Any, kwargs: Any) -> str | None:
     return name
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_ops.constant
 def _product_op(op: Any) -> str | None:
     """A registered op's name, if it is that of a product."""
     return str(op) if looks_like_a_product(str(op).split(".")[-1 if "." not in str(op) else 1]) else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_ops.constant
 def _is_foreign(op: Any) -> bool:
     return getattr(op, "namespace", None) or str(op).partition(".")[0] not in _TORCHS_OWN
 

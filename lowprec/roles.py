@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lowprec import _ops
-from lowprec.cast import _fields
+from lowprec.cast import QuickApply, fields_of
 from lowprec.formats import SPECIALS
 from lowprec.policy import ROLES, Formats
 from lowprec.rounding import Rounding
@@ -97,7 +97,7 @@ def round_both(
     if forward is None and backward is None:
         return x
     if backward is not None:
-        _fields(backward, x.dtype)
+        fields_of(backward, x.dtype)
     if torch.is_grad_enabled():
         function = RoundBoth if torch.compiler.is_compiling() else EagerRoundBoth
         values: Tensor = function.apply(x, forward, backward, forward_counts, backward_counts)  # type: ignore[no-untyped-call]
@@ -107,8 +107,8 @@ def round_both(
 
 def _round(x: Tensor, format: str, counts: Tensor | None) -> Tensor:
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        _fields(format, torch.get_autocast_dtype(x.device.type))
-    fields = _fields(format, x.dtype)
+        fields_of(format, torch.get_autocast_dtype(x.device.type))
+    fields = fields_of(format, x.dtype)
     args = (x, fields, _NEAREST_EVEN, fields[3] != _IEEE, None, None, 32)
     values: Tensor = _ops.quantize(*args) if counts is None else _ops.quantize_count(*args, counts)
     return values
@@ -138,10 +138,10 @@ class RoundBoth(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return EagerRoundBoth.apply(*args), in_dims[0]  # type: ignore[no-untyped-call]
+        return EagerRoundBoth.apply(*args), in_dims[0]
 
 
-class EagerRoundBoth(RoundBoth):
+class EagerRoundBoth(QuickApply, RoundBoth):
     """`RoundBoth` with what `torch.compile` refuses to trace: sparse gradients and forward mode."""
 
     @staticmethod
