@@ -158,7 +158,9 @@ class Encode {
         nan_(format.nan_code()),
         sign_(format.sign_code()),
         nan_sign_(format.specials == Specials::finite ? 0 : format.sign_code()),
-        first_signed_(format.has_negative_zero() ? 0 : 1) {}
+        first_signed_(format.has_negative_zero() ? 0 : 1) {
+    grid.regular = grid.regular && grid.within;
+  }
 
   template <class AnyTally>
   LOWPREC_INLINE Output operator()(Input x, uint32_t word, AnyTally&) const {
@@ -166,14 +168,14 @@ class Encode {
     const bool negative = x & C::sign;
     const auto from = read<C>(grid, magnitude);
     Word code = from_bottom(round_to<Mode, Word>(grid, from, lift_, negative, word).code, magnitude == 0);
-    const uint32_t limit = Mode::overflows(negative) ? overflow_ : grid.max_code;
-    if (code > grid.max_code) code = limit;
-    if (magnitude == C::infinity) code = overflow_;
+
+    const bool infinite = Mode::overflows(negative) | (magnitude == C::infinity);
+    const uint32_t large = infinite ? overflow_ : grid.max_code;
+    if (beyond(code, magnitude == C::infinity)) code = large;
+    const uint32_t sign = negative ? sign_ : 0;
+    code = with_sign(code, sign);
     const bool nan = magnitude > C::infinity;
-    if (nan) code = nan_;
-    const uint32_t sign = nan ? nan_sign_ : sign_;
-    if (negative & (code >= first_signed_)) code |= sign;
-    return static_cast<Output>(code);
+    return static_cast<Output>(nan ? nan_ | (sign & nan_sign_) : code);
   }
 
  private:
@@ -184,6 +186,17 @@ class Encode {
   LOWPREC_INLINE Word from_bottom(Word code, bool zero) const {
     if (grid.regular) return code;
     return zero ? code : code + static_cast<Word>(grid.skipped);
+  }
+
+  /// An infinity's own bits lie beyond the format's values only where the container holds all of these.
+  LOWPREC_INLINE bool beyond(Word code, bool infinity) const {
+    if (grid.regular) return code > grid.max_code;
+    return (code > grid.max_code) | infinity;
+  }
+
+  LOWPREC_INLINE Word with_sign(Word code, uint32_t sign) const {
+    if (grid.regular) return code | sign;
+    return code >= first_signed_ ? code | sign : code;
   }
 
   int lift_;  // digits that the format has more than the container
