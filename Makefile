@@ -39,6 +39,7 @@ build: $(BUILT) ## compile the kernels into lowprec/_lib (CUDA too where nvcc is
 $(BUILT): $(VENV) cuda/CMakeLists.txt $(KERNELS)
 	cmake -S cuda -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(CURDIR)/$(RUN)" $(STRICT)
 	cmake --build build/cmake
+	rm -f lowprec/_lib/*.so  # a library that a process has loaded must not change under it
 	cmake --install build/cmake --prefix .
 	@mkdir -p $(@D) && touch $@
 
