@@ -516,9 +516,14 @@ def test_a_time_limit_stops_cleanly(tiny: dict[str, str], tmp_path: Path, capsys
 
 def command(folder: Path, *words: str) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "lowprec", "study", "capacity", "--out", str(folder), *words]
-    return subprocess.Popen(
-        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    # A shell ignores Ctrl-C in what it runs in the background, and so would every process from there on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def stopped(process: subprocess.Popen[str], folder: Path, sign: signal.Signals, group: bool) -> tuple[int, str]:
