@@ -21,6 +21,7 @@ struct Draws {
   uint64_t seed;
   uint64_t offset;
   int bits;
+  Place place;
 };
 
 uint64_t read_word(const MaybeTensor& word) {
@@ -39,6 +40,12 @@ LOWPREC_CLONES void draw_block(uint64_t seed, uint64_t offset, int64_t begin, in
 
 /// The random words of a block, a few more than count where that is no multiple of four.
 void draw(const Draws& draws, int64_t begin, int64_t count, uint32_t* words) {
+  if (draws.place.width) {
+    for (int64_t i = 0; i < count; ++i) {
+      words[i] = draw_one(draws.bits, draws.seed, draws.offset, draws.place.index(begin + i));
+    }
+    return;
+  }
   const auto block = draws.bits == 32 ? draw_block<32> : draws.bits == 16 ? draw_block<16> : draw_block<8>;
   block(draws.seed, draws.offset, begin, count, words);
 }
@@ -91,7 +98,8 @@ class Total {
 struct Cpu {
   template <class AnyTally, class Op>
   static void run(const Op& op, const Tensor& x, const Tensor& out, const Source& source, int64_t* counts) {
-    const Draws draws = Op::random ? Draws{read_word(source.seed), read_word(source.offset), source.bits} : Draws{};
+    const Draws draws =
+        Op::random ? Draws{read_word(source.seed), read_word(source.offset), source.bits, source.place} : Draws{};
     elementwise(x, out, Op::random, [&](const void* from, void* to, int64_t count) {
       const auto* input = static_cast<const typename Op::Input*>(from);
       auto* output = static_cast<typename Op::Output*>(to);

@@ -141,6 +141,7 @@ struct Cuda {
   static void run(const Op& op, const Tensor& x, const Tensor& out, const Source& source, int64_t* counts) {
     check_word_place(x, source.seed);
     check_word_place(x, source.offset);
+    STD_TORCH_CHECK(!source.place.width, "a shard's draws are not compiled yet");
     const DeviceGuard guard(x.get_device_index());
     const DeviceDraws draws{DeviceWord(source.seed), DeviceWord(source.offset), source.bits};
     elementwise(x, out, Op::random, [&](const void* from, void* to, int64_t count) {

@@ -126,7 +126,7 @@ def _fake_seed() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-_define(f"quantize({_CAST}) -> Tensor", _eager(eager.quantize), _fake_values)
+_define(f"quantize({_CAST}, Tensor? shift=None, int[] place=[]) -> Tensor", _eager(eager.quantize), _fake_values)
 _define(
     f"quantize_count({_CAST}, Tensor(a!) counts) -> Tensor", _eager(eager.quantize_count), _fake_values, batched=False
 )

@@ -6,6 +6,7 @@ a result. The kernels in cuda/include/lowprec/cast.h follow the same steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -130,14 +131,14 @@ def round_code(
     return Rounded(torch.where(overflow, fmt.max_code, code), overflow, infinite)
 
 
-def pack(code: Tensor, negative: Tensor, fmt: FloatFormat, dtype: torch.dtype) -> Tensor:
-    """The bits, in a container, of the values of finite magnitude codes; the container holds them exactly."""
+def pack(code: Tensor, negative: Tensor, fmt: FloatFormat, dtype: torch.dtype, shift: Tensor | int = 0) -> Tensor:
+    """The bits, in a container that holds them, of the values of finite magnitude codes, times 2^shift."""
     precision, bias, _ = CONTAINERS[dtype]
     field, mantissa = code >> fmt.mbits, code & fmt.mantissa_mask
     significand = mantissa + ((field > 0).to(torch.int64) << fmt.mbits)
     if not fmt.subnormals:
         significand = torch.where(field > 0, significand, 0)
-    exponent = field.clamp(min=1) - (fmt.bias + fmt.mbits)
+    exponent = field.clamp(min=1) - (fmt.bias + fmt.mbits) + shift
     leading = floor_log2(significand)
     # The container's own spacing there: never finer than that of its subnormals.
     spacing = (leading + exponent - (precision - 1)).clamp(min=2 - bias - precision)
@@ -146,6 +147,19 @@ def pack(code: Tensor, negative: Tensor, fmt: FloatFormat, dtype: torch.dtype) -
     zero = significand == 0
     signed = negative & (~zero | fmt.has_negative_zero)
     return torch.where(zero, 0, bits) | (signed.to(torch.int64) << _sign_bit(dtype))
+
+
+def shift_range(fmt: FloatFormat, dtype: torch.dtype) -> tuple[int, int]:
+    """The least and the largest k with which a dtype holds every finite value of a format times 2^k.
+
+    Raises:
+        ValueError: where there is none: the format has more mantissa bits, or a wider range, than the dtype.
+    """
+    precision, bias, _ = CONTAINERS[dtype]
+    low, high = 2 - bias - precision - (fmt.emin - fmt.mbits), bias - fmt.emax
+    if fmt.mbits + (fmt.ebits > 0) > precision or low > high:
+        raise ValueError(f"{dtype} cannot hold every finite value of {fmt}, whatever its bias: use a wider dtype")
+    return low, high
 
 
 def _sign_bit(dtype: torch.dtype) -> int:
@@ -171,9 +185,16 @@ def quantize(
     seed: Tensor | None,
     offset: Tensor | None,
     random_bits: int,
+    shift: Tensor | None = None,
+    place: Sequence[int] = (),
 ) -> Tensor:
-    """Values, in x's dtype and shape; NaN keeps its bits. See `lowprec.quantize`."""
-    return _quantize(x, fmt, rounding, saturate, seed, offset, random_bits)[0]
+    """Values, in x's dtype and shape; NaN keeps its bits. See `lowprec.quantize`.
+
+    `shift` lowers the format's bias: the values are those of the format times 2^shift, which is clamped to
+    `shift_range`. `place` is where x lies in a larger tensor, whose elements' words it draws; see `random_words`.
+    """
+    word = random_words(x, seed, offset, random_bits, place) if rounding is Rounding.stochastic else None
+    return _quantize(x, fmt, rounding, saturate, word, random_bits, shift)[0]
 
 
 def _quantize(
@@ -181,16 +202,17 @@ def _quantize(
     fmt: FloatFormat,
     rounding: Rounding,
     saturate: bool,
-    seed: Tensor | None,
-    offset: Tensor | None,
+    word: Tensor | None,
     random_bits: int,
+    shift: Tensor | None,
 ) -> tuple[Tensor, Unpacked, Rounded]:
     parts = unpack(x)
-    word = random_words(x, seed, offset, random_bits) if rounding is Rounding.stochastic else None
-    rounded = round_code(parts, fmt, rounding, saturate, word, random_bits)
+    by = 0 if shift is None else shift.to(x.device).clamp(*shift_range(fmt, x.dtype))
+    scaled = parts._replace(exponent=parts.exponent - by)
+    rounded = round_code(scaled, fmt, rounding, saturate, word, random_bits)
     infinity, nan = _special_bits(x.dtype)
     special = (parts.negative.to(torch.int64) << _sign_bit(x.dtype)) | (infinity if fmt.has_inf else nan)
-    bits = torch.where(rounded.infinite, special, pack(rounded.code, parts.negative, fmt, x.dtype))
+    bits = torch.where(rounded.infinite, special, pack(rounded.code, parts.negative, fmt, x.dtype, by))
     values = torch.where(parts.nan, x, _as_values(bits, x.dtype))
     return torch.empty_like(x).copy_(values), parts, rounded
 
@@ -206,7 +228,8 @@ def quantize_count(
     counts: Tensor,
 ) -> Tensor:
     """`quantize`, which also adds [elements, saturated, flushed, nan] to int64 counts of shape (4,)."""
-    values, parts, rounded = _quantize(x, fmt, rounding, saturate, seed, offset, random_bits)
+    word = random_words(x, seed, offset, random_bits) if rounding is Rounding.stochastic else None
+    values, parts, rounded = _quantize(x, fmt, rounding, saturate, word, random_bits, None)
     saturated = rounded.overflow & ~parts.nan
     flushed = (parts.significand != 0) & (rounded.code == 0) & ~parts.infinite & ~parts.nan
     total = torch.full((), x.numel(), dtype=torch.int64, device=x.device)
@@ -271,13 +294,21 @@ def decode(codes: Tensor, fmt: FloatFormat, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(codes, dtype=dtype).copy_(_as_values(bits, dtype))
 
 
-def random_words(x: Tensor, seed: Tensor | None, offset: Tensor | None, random_bits: int) -> Tensor:
+def random_words(
+    x: Tensor, seed: Tensor | None, offset: Tensor | None, random_bits: int, place: Sequence[int] = ()
+) -> Tensor:
     """The random word of every element, by its index in row-major order: int64, shaped like x.
 
     Philox4x32-10 (Salmon et al. 2011): key = the seed's words, counter = the words of the element's group and of the
     offset; a group of four 32-bit words serves 4, 8 or 16 elements, each word split from its low end.
+
+    `place` is empty, or (start, width, pitch) of a shard: runs of `width` elements lie `pitch` apart in the whole
+    tensor, the first one from its element `start` on.
     """
     index = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    if place:
+        start, width, pitch = place
+        index = start + index // width * pitch + index % width
     per_word = 32 // random_bits
     group, lane = index // (4 * per_word), index // per_word % 4
     words = philox(_halves(seed, x.device), _halves(offset, x.device), group)

@@ -68,6 +68,7 @@ def _casts(
 
 CASES = [
     Case("quantize", _casts()),
+    Case("quantize", _casts(lambda x: (torch.tensor(-2), [3, 4, 9]))),
     Case("quantize_out", _casts(lambda x: (torch.empty_like(x),))),
     Case("quantize_count", _casts(lambda x: (torch.zeros(4, dtype=torch.int64, device=x.device),))),
     Case("encode", _casts(text="1-5-6:specials=ieee")),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lowprec as lp
-from lowprec import _ops, reference
+from lowprec import _ops, eager, reference
 from lowprec.eager import CONTAINERS, code_dtype
 from lowprec.formats import NAMES, SPECIALS, FloatFormat
 from lowprec.rounding import Rounding
@@ -508,3 +508,44 @@ def test_engines_are_told_apart() -> None:
     assert [engine.registered for engine in found[1:]] == [True] * (_ops.libraries["cpu"] == "loaded")
     assert all(isinstance(engine, Engine) for engine in found)
     assert set(CONTAINERS) == set(DTYPES)
+
+
+SHIFTS = (-400, -130, -3, 0, 5, 130, 400)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", ["1-4-3", "1-5-2:emax=1", "1-0-7", "e4m3fnuz", "e5m2", "1-3-2:subnormals=off"])
+def test_a_shift_lowers_the_bias_as_far_as_the_dtype_holds_the_values(
+    device: torch.device, text: str, dtype: torch.dtype
+) -> None:
+    fmt = lp.format(text)
+    low, high = eager.shift_range(fmt, dtype)
+    x = torch.cat([special_values(dtype), torch.randn(4096).to(dtype) * 9]).to(device)
+    for shift in (*SHIFTS, low, high):
+        moved = fmt.with_bias(fmt.bias - min(max(shift, low), high))
+        for home in (device, torch.device("cpu")):
+            by = torch.tensor(shift, device=home)
+            got = _ops.quantize(x, fmt.fields, 0, False, None, None, 32, by)
+            assert_bits_equal(got, lp.quantize(x, moved, saturate=False))
+            assert_bits_equal(got, eager.quantize(x, fmt, Rounding.nearest_even, False, None, None, 32, by))
+
+
+def test_a_shift_needs_a_dtype_that_holds_the_format_at_some_bias() -> None:
+    with pytest.raises(ValueError, match="cannot hold"):
+        eager.shift_range(lp.format("1-5-10"), torch.bfloat16)
+    with pytest.raises(ValueError, match="cannot hold"):
+        eager.shift_range(lp.format("1-6-3"), torch.float16)
+
+
+@pytest.mark.parametrize("random_bits", [32, 16, 8])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_a_shard_draws_the_words_of_the_whole(device: torch.device, dim: int, random_bits: int) -> None:
+    x = torch.randn(7, 33, 10, device=device)
+    seed = torch.tensor(3)
+    whole = lp.quantize(x, "1-4-3", rounding="stochastic", seed=seed, random_bits=random_bits)
+    inner = math.prod(x.shape[dim + 1 :])
+    for begin, end in ((0, 2), (1, x.shape[dim])):
+        shard = x.narrow(dim, begin, end - begin).contiguous()
+        at = [begin * inner, (end - begin) * inner, x.shape[dim] * inner]
+        args = (shard, lp.format("1-4-3").fields, Rounding.stochastic.number, True, seed, None, random_bits)
+        assert_bits_equal(_ops.quantize(*args, None, at), whole.narrow(dim, begin, end - begin))

@@ -12,6 +12,7 @@
 #include "lowprec/cast.h"
 #include "lowprec/dispatch.h"
 #include "lowprec/elementwise.h"
+#include "lowprec/philox.h"
 #include "lowprec/torch_stable.h"
 
 namespace lowprec {
@@ -58,14 +59,33 @@ inline int64_t* read_counts(const Tensor& x, const Tensor& counts) {
   return static_cast<int64_t*>(counts.mutable_data_ptr());
 }
 
+inline Place read_place(const Ints& place) {
+  if (place.empty()) return {};
+  STD_TORCH_CHECK(place.size() == 3 && place[0] >= 0 && place[1] > 0 && place[2] >= 0,
+                  "place must be [start, width, pitch]");
+  return {place[0], place[1], place[2]};
+}
+
+/// The format with its bias lowered by a shift, as far as the dtype holds its values.
+inline Format shifted(Format format, const MaybeTensor& shift, ScalarType dtype) {
+  if (!shift) return format;
+  STD_TORCH_CHECK(shift->scalar_type() == ScalarType::Long && shift->numel() == 1,
+                  "shift must be a 0-dim int64 tensor");
+  STD_TORCH_CHECK(shift->is_cpu(), "a shift on the device is not compiled yet");
+  const int64_t by = *static_cast<const int64_t*>(shift->const_data_ptr());
+  for_container(dtype, [&](auto container) { format.bias -= shift_within(format, container, by); });
+  return format;
+}
+
 /// What stochastic rounding draws from.
 struct Source {
   const MaybeTensor& seed;
   const MaybeTensor& offset;
   int bits;
+  Place place;
 
-  Source(const MaybeTensor& seed, const MaybeTensor& offset, int64_t random_bits)
-      : seed(seed), offset(offset), bits(static_cast<int>(random_bits)) {
+  Source(const MaybeTensor& seed, const MaybeTensor& offset, int64_t random_bits, Place place = {})
+      : seed(seed), offset(offset), bits(static_cast<int>(random_bits)), place(place) {
     STD_TORCH_CHECK(bits == 32 || bits == 16 || bits == 8, "random_bits must be 32, 16 or 8, got ", random_bits);
     check_word(seed);
     check_word(offset);
@@ -77,9 +97,10 @@ struct Source {
 template <class Backend>
 struct CastOps {
   static Tensor quantize(const Tensor& x, const Ints& format, int64_t rounding, bool saturate, const MaybeTensor& seed,
-                         const MaybeTensor& offset, int64_t random_bits) {
+                         const MaybeTensor& offset, int64_t random_bits, const MaybeTensor& shift, const Ints& place) {
     Tensor out = empty_like(x, x.scalar_type());
-    quantize_into(x, read_format(format), rounding, saturate, {seed, offset, random_bits}, out, nullptr);
+    const Source source(seed, offset, random_bits, read_place(place));
+    quantize_into(x, shifted(read_format(format), shift, x.scalar_type()), rounding, saturate, source, out, nullptr);
     return out;
   }
 

@@ -20,6 +20,15 @@ struct Format {
   constexpr int bits() const { return 1 + ebits + mbits; }
   /// Exponent of the smallest normal value.
   constexpr int emin() const { return 1 - bias; }
+  /// Exponent of the largest finite value.
+  constexpr int emax() const {
+    const uint32_t code = max_code();
+    const int field = static_cast<int>(code >> mbits);
+    if (field > 0) return field - bias;
+    int leading = 0;
+    while (code >> (leading + 1)) ++leading;
+    return leading + 1 - mbits - bias;
+  }
   /// The largest magnitude code, finite or not.
   constexpr uint32_t top_code() const { return sign_code() - 1; }
   /// The code with only the sign bit set: -0, or the NaN of formats that have no -0.

@@ -58,6 +58,14 @@ struct Grid {
   }
 };
 
+/// A shift of a format's exponents, clamped to those with which the container holds every finite value.
+template <class C>
+LOWPREC_INLINE int shift_within(const Format& format, C, int64_t shift) {
+  const int low = 1 - C::bias - C::fraction_bits - (format.emin() - format.mbits);
+  const int high = C::bias - format.emax();
+  return static_cast<int>(shift < low ? low : shift > high ? high : shift);
+}
+
 /// A container's magnitude as a grid needs it: normalised, where that may make a difference.
 template <class C>
 LOWPREC_INLINE Magnitude<C> read(const Grid& grid, typename C::Word bits) {

@@ -61,4 +61,19 @@ LOWPREC_INLINE Words draw_four(int bits, uint64_t seed, uint64_t offset, int64_t
                       : draw_four<8>(seed, offset, index);
 }
 
+/// Where a shard lies in a whole tensor, by whose index it draws: runs of `width` elements, `pitch` apart, from
+/// `start`.
+struct Place {
+  int64_t start = 0;
+  int64_t width = 0;  // 0: the whole tensor
+  int64_t pitch = 0;
+
+  LOWPREC_INLINE int64_t index(int64_t i) const { return width ? start + i / width * pitch + i % width : i; }
+};
+
+/// The draw of one element, as `draw_four`.
+LOWPREC_INLINE uint32_t draw_one(int bits, uint64_t seed, uint64_t offset, int64_t index) {
+  return select(draw_four(bits, seed, offset, index - index % 4), static_cast<int>(index % 4));
+}
+
 }  // namespace lowprec
