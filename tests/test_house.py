@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # lowprec/__init__.py. A new module takes its place here.
 LAYERS = (
     {"formats", "rounding"},
-    {"reference", "eager"},
+    {"reference", "eager", "packing"},
     {"_ops", "testing"},
     {"cast"},
     {"policy"},
