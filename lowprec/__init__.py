@@ -5,7 +5,7 @@ for any model. This page is the public API.
 """
 
 from lowprec.cast import decode, encode, quantize
-from lowprec.formats import FloatFormat, format
+from lowprec.formats import BlockFormat, FloatFormat, format
 from lowprec.policy import Policy, recipes
 from lowprec.report import report
 from lowprec.rounding import Rounding
@@ -14,6 +14,7 @@ from lowprec.wrap import unwrap, wrap
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockFormat",
     "FloatFormat",
     "Policy",
     "Rounding",

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowprec import _ops
 from lowprec.eager import CONTAINERS, code_dtype
 from lowprec.formats import FloatFormat
-from lowprec.formats import format as lookup
+from lowprec.formats import float_format as lookup
 from lowprec.rounding import Rounding
 
 FormatLike = FloatFormat | str | torch.dtype

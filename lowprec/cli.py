@@ -106,7 +106,7 @@ def formats(
 
 def _format(name: str) -> FloatFormat:
     from lowprec.formats import NAMES
-    from lowprec.formats import format as lookup
+    from lowprec.formats import float_format as lookup
 
     try:
         return lookup(name)

@@ -21,7 +21,7 @@ from rich.table import Table
 from lowprec import __version__, _ops, reference
 from lowprec.cast import decode, encode, quantize
 from lowprec.formats import FloatFormat
-from lowprec.formats import format as lookup
+from lowprec.formats import float_format as lookup
 from lowprec.rounding import Rounding
 
 Array = np.ndarray[Any, Any]

@@ -1,7 +1,8 @@
 """Number formats: what a code means. Plain data, no torch.
 
 A format is `1-e-m` (sign, exponent bits, mantissa bits) with an integer bias, a policy for special values and a
-switch for subnormals. Everything else is derived. To add a named format, add one entry to `NAMES`.
+switch for subnormals. Everything else is derived. To add a named format, add one entry to `NAMES`. A block format is
+such a format for the elements, a block shape and a scale that each block shares; its names are in `BLOCK_NAMES`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -297,18 +298,192 @@ _DTYPES |= {"float6_e2m3fn": "e2m3fn", "float6_e3m2fn": "e3m2fn", "float4_e2m1fn
 _DTYPES |= {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-def format(spec: FloatFormat | str | object) -> FloatFormat:
+RULES = ("floor", "ceil", "nearest")
+"""How a block's power-of-two scale follows from its amax, in the order that kernels know the rules by."""
+
+Block = int | tuple[int, int] | str
+"""A block's shape: so many elements along a dimension, a tile (rows, columns) of the last two, or "tensor"."""
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class BlockFormat:
+    """Elements of a float format in blocks that share a scale: frozen, hashable, picklable, equal by value.
+
+    A block of numbers x is element codes q and one scale s, x = s · q. With the power-of-two scale `e8m0` (codes 0..254
+    for 2^-127..2^127, 255 for NaN) the scale is a shared exponent bias. With a float format as the scale, s is the
+    block's amax divided by the largest element, rounded to nearest even. `tensor_scale` adds a float32 scale s_t for
+    the whole tensor, amax / (largest element · largest scale), by which blocks are divided first.
+
+    Args:
+        element: the format of the elements, or its string.
+        block: how many elements along a dimension, a tile (rows, columns) of the last two dimensions, or "tensor".
+            Sizes need not divide: the last block is short.
+        scale: "e8m0", or a float format of up to 8 bits that has NaN, or its string.
+        rule: for `e8m0`, how the exponent k follows from amax. "floor": floor(log2 amax) - emax, so that elements may
+            saturate; "ceil": the least k with amax <= max · 2^k; "nearest": the exponent of amax rounded (ties to even)
+            to as many bits as the largest element has, minus emax.
+        tensor_scale: whether the tensor has a scale too; needs a float format as the scale.
+
+    Raises:
+        TypeError: for arguments of a wrong type.
+        ValueError: for an unknown rule or scale, a block without elements, a rule with a float scale, a tensor scale
+            with e8m0, or values that float64 (with a float scale: float32, and elements up to 16 bits) cannot hold.
+
+    Source: OCP Microscaling Formats 1.0 for `e8m0`, `floor` and the MX names; NVIDIA's description of NVFP4.
+    """
+
+    element: FloatFormat
+    block: Block
+    scale: FloatFormat | str
+    rule: str
+    tensor_scale: bool
+    _text: str = field(compare=False)
+
+    def __init__(
+        self,
+        element: FloatFormat | str | object,
+        block: Block,
+        *,
+        scale: FloatFormat | str = "e8m0",
+        rule: str = "floor",
+        tensor_scale: bool = False,
+    ) -> None:
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        if not isinstance(tensor_scale, bool):
+            raise TypeError(f"tensor_scale must be a bool, got {tensor_scale!r}")
+        object.__setattr__(self, "element", float_format(element))
+        object.__setattr__(self, "block", _block(block))
+        object.__setattr__(self, "scale", scale if scale == "e8m0" else float_format(scale))
+        object.__setattr__(self, "rule", rule)
+        object.__setattr__(self, "tensor_scale", tensor_scale)
+        _check_scale(self)
+        object.__setattr__(self, "_text", _block_text(self))
+
+    @property
+    def bits(self) -> int:
+        """Width of an element's code in bits, sign included."""
+        return self.element.bits
+
+    @property
+    def twos_complement(self) -> bool:
+        """Whether element codes are stored as two's complement: e = 0 with one zero, as OCP's INT8."""
+        return self.element.ebits == 0 and self.element.specials == "fnuz"
+
+    @property
+    def significant_bits(self) -> int:
+        """Significant bits of the largest element."""
+        lacking = max(self.element.emin - self.element.emax, 0)
+        return self.element.mbits + 1 - lacking
+
+    @property
+    def carry(self) -> int:
+        """The least 53-bit significand of amax with which the scale's exponent is one more than by `floor`."""
+        if self.rule == "ceil":
+            return int(np.frexp(self.element.max)[0] * 2.0**53) + 1
+        return (1 << 53) - (1 << (52 - self.significant_bits) if self.rule == "nearest" else 0)
+
+    @property
+    def fields(self) -> list[int]:
+        """The integers that determine the format, as the kernels take them.
+
+        The element's five; rows and columns of a block (0 rows: along a dimension, 0 columns too: the whole tensor),
+        the rule and the tensor scale; with a float scale its five.
+        """
+        if self.block == "tensor":
+            rows, columns = 0, 0
+        else:
+            rows, columns = self.block if isinstance(self.block, tuple) else (0, int(self.block))
+        scale = self.scale.fields if isinstance(self.scale, FloatFormat) else []
+        return [*self.element.fields, rows, columns, RULES.index(self.rule), int(self.tensor_scale), *scale]
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"lowprec.format('{self}')"
+
+
+def _block(block: object) -> Block:
+    """A block's shape, checked."""
+    if block == "tensor":
+        return "tensor"
+    sizes = tuple(block) if isinstance(block, (tuple, list)) else (block,)
+    for size in sizes:
+        _require_int("block", size)
+    if len(sizes) > 2 or len(sizes) == 0 or min(sizes) < 1:
+        raise ValueError(f"block must be a size, a tile (rows, columns) or 'tensor', sizes at least 1, got {block!r}")
+    return sizes if isinstance(block, (tuple, list)) and len(sizes) == 2 else sizes[0]
+
+
+def _check_scale(fmt: BlockFormat) -> None:
+    """Refuse scales that numbers and codes could not be told by."""
+    element, scale = fmt.element, fmt.scale
+    if not isinstance(scale, FloatFormat):
+        if fmt.tensor_scale:
+            raise ValueError("tensor_scale needs a float format as the scale, such as e4m3fn")
+        if not _within(element, -1074 + 127, 1023 - 127):
+            raise ValueError(f"float64 cannot hold {element} with every scale from 2^-127 to 2^127")
+        return
+    if fmt.rule != "floor":
+        raise ValueError(f"rule is how e8m0 scales are chosen; one of {scale} is rounded to nearest even")
+    if scale.bits > 8 or not scale.has_nan:
+        raise ValueError(f"scale must be e8m0 or a float format of up to 8 bits that has NaN, got {scale}")
+    if element.bits > 16 or not _within(element, -149, 127) or not _within(scale, -149, 127):
+        raise ValueError(f"with a float scale the element has up to 16 bits and float32 holds both: {element}, {scale}")
+
+
+def _within(fmt: FloatFormat, low: int, high: int) -> bool:
+    """Whether the format's last bits and largest value lie between 2^low and 2^(high + 1)."""
+    return fmt.emin - fmt.mbits >= low and fmt.emax <= high
+
+
+def _block_text(fmt: BlockFormat) -> str:
+    """The shortest string that means the format."""
+    options = [] if fmt.rule == "floor" else [f"rule={fmt.rule}"]
+    for name, named in BLOCK_NAMES.items():
+        if _but_rule(fmt) == _but_rule(named):
+            return name + (":" + options[0] if options else "")
+    plain = fmt.scale == "e8m0" and fmt.element == FloatFormat(0, max(fmt.element.mbits, 1))
+    head = f"bfp{fmt.bits}" if plain else f"block[{fmt.element}]"
+    size = f"{fmt.block[0]}x{fmt.block[1]}" if isinstance(fmt.block, tuple) else fmt.block
+    if fmt.scale != "e8m0":
+        options.append(f"scale=[{fmt.scale}]")
+    if fmt.tensor_scale:
+        options.append("tensor_scale=on")
+    return f"{head}/{size}" + (":" + ",".join(options) if options else "")
+
+
+def _but_rule(fmt: BlockFormat) -> tuple[object, ...]:
+    return fmt.element, fmt.block, fmt.scale, fmt.tensor_scale
+
+
+BLOCK_NAMES: dict[str, BlockFormat] = {}
+"""Block formats by name; `bfp<bits>/<block>` and `block[<element>]/<block>` are not listed. Filled below."""
+
+
+@overload
+def format(spec: FloatFormat) -> FloatFormat: ...
+
+
+@overload
+def format(spec: object) -> FloatFormat | BlockFormat: ...
+
+
+def format(spec: object) -> FloatFormat | BlockFormat:
     """Look up or parse a format.
 
     Args:
-        spec: a format (returned as it is); a name of `NAMES`; a string `1-e-m[:key=value,...]` with keys bias, emax,
-            specials and subnormals (on or off); or a torch or ml_dtypes dtype such as `torch.float8_e4m3fn`.
+        spec: a format (returned as it is); a name of `NAMES` or `BLOCK_NAMES`; a string `1-e-m[:key=value,...]` with
+            keys bias, emax, specials and subnormals (on or off); a block format's `bfp<bits>/<block>` or
+            `block[<element>]/<block>`, the block being n, <rows>x<columns> or tensor, with keys rule, scale (in
+            brackets) and tensor_scale (on or off); or a torch or ml_dtypes dtype such as `torch.float8_e4m3fn`.
 
     Raises:
         ValueError: for an unknown name, a malformed string or an impossible format.
         TypeError: for anything else.
     """
-    if isinstance(spec, FloatFormat):
+    if isinstance(spec, (FloatFormat, BlockFormat)):
         return spec
     if isinstance(spec, str):
         return _parse(spec)
@@ -318,13 +493,73 @@ def format(spec: FloatFormat | str | object) -> FloatFormat:
     raise TypeError(f"expected a format, a format string or a floating-point dtype up to 32 bits, got {spec!r}")
 
 
+def float_format(spec: object) -> FloatFormat:
+    """`format`, where only a float format will do: ValueError for a block format."""
+    fmt = format(spec)
+    if isinstance(fmt, BlockFormat):
+        raise ValueError(f"expected a float format, got the block format {fmt}")
+    return fmt
+
+
 @lru_cache(maxsize=1024)
-def _parse(text: str) -> FloatFormat:
+def _parse(text: str) -> FloatFormat | BlockFormat:
+    if "/" in text or text.partition(":")[0] in BLOCK_NAMES:
+        return _parse_block(text)
+    return _parse_float(text)
+
+
+_BLOCK = re.compile(
+    r"(?P<name>[a-z]\w*)(?![\w/\[])|(?:bfp(?P<bits>\d+)|block\[(?P<element>[^\]]*)\])"
+    r"/(?:(?P<rows>\d+)x(?P<columns>\d+)|(?P<size>\d+)|tensor)",
+    re.ASCII,
+)
+_BLOCK_OPTION = re.compile(r"(rule|scale|tensor_scale)=(\[[^\]]*\]|[^,\[\]]*)(?:,|$)", re.ASCII)
+
+
+def _parse_block(text: str) -> BlockFormat:
+    match = _BLOCK.match(text)
+    rest = text[match.end() :] if match else ""
+    if match is None or (rest and (rest[0] != ":" or not _BLOCK_OPTION.match(rest, 1))):
+        raise ValueError(
+            f"unknown block format {text!r}: expected bfp<bits>/<block> or block[<element>]/<block>, the block being "
+            f"n, <rows>x<columns> or tensor, or one of {', '.join(BLOCK_NAMES)}, then [:key=value,...]"
+        )
+    return _with_block_options(_block_head(match), text, rest[1:])
+
+
+def _block_head(match: re.Match[str]) -> BlockFormat:
+    """The format that a string names before its options."""
+    if match["name"]:
+        return BLOCK_NAMES[match["name"]]
+    size: Block = int(match["size"]) if match["size"] else "tensor"
+    block = (int(match["rows"]), int(match["columns"])) if match["rows"] else size
+    element = FloatFormat(0, int(match["bits"]) - 1) if match["bits"] else _parse_float(match["element"])
+    return BlockFormat(element, block)
+
+
+def _with_block_options(head: BlockFormat, text: str, rest: str) -> BlockFormat:
+    options: dict[str, Any] = {}
+    while rest:
+        match = _BLOCK_OPTION.match(rest)
+        if match is None or match[1] in options or (match[0].endswith(",") and match.end() == len(rest)):
+            raise ValueError(f"format {text!r}: expected each of rule, scale, tensor_scale at most once, got {rest!r}")
+        options[match[1]] = match[2].removeprefix("[").removesuffix("]")
+        rest = rest[match.end() :]
+    if (switch := options.get("tensor_scale")) is not None:
+        if switch not in ("on", "off"):
+            raise ValueError(f"format {text!r}: {switch!r} is no value for tensor_scale")
+        options["tensor_scale"] = switch == "on"
+    given = {"scale": head.scale, "rule": head.rule, "tensor_scale": head.tensor_scale} | options
+    return BlockFormat(head.element, head.block, **given)
+
+
+@lru_cache(maxsize=1024)
+def _parse_float(text: str) -> FloatFormat:
     if text in NAMES:
         return NAMES[text]
     match = _SPLIT.fullmatch(text)
     if match is None:
-        known = ", ".join(name for name in NAMES if not name.startswith("p3109"))
+        known = ", ".join([*(name for name in NAMES if not name.startswith("p3109")), *BLOCK_NAMES])
         raise ValueError(f"unknown format {text!r}: expected 1-e-m[:key=value,...], p3109_k<K>p<P> or one of {known}")
     options: dict[str, Any] = {}
     for item in match[3].split(",") if match[3] is not None else []:
@@ -336,3 +571,13 @@ def _parse(text: str) -> FloatFormat:
         except (ValueError, KeyError):
             raise ValueError(f"format {text!r}: {value!r} is no value for {key}") from None
     return FloatFormat(int(match[1]), int(match[2]), **options)
+
+
+# OCP Microscaling Formats 1.0, and NVIDIA's NVFP4.
+BLOCK_NAMES["mxfp8_e4m3"] = BlockFormat("e4m3fn", 32)
+BLOCK_NAMES["mxfp8_e5m2"] = BlockFormat("e5m2", 32)
+BLOCK_NAMES["mxfp6_e3m2"] = BlockFormat("e3m2fn", 32)
+BLOCK_NAMES["mxfp6_e2m3"] = BlockFormat("e2m3fn", 32)
+BLOCK_NAMES["mxfp4"] = BlockFormat("e2m1fn", 32)
+BLOCK_NAMES["mxint8"] = BlockFormat(FloatFormat(0, 7, specials="fnuz"), 32)
+BLOCK_NAMES["nvfp4"] = BlockFormat("e2m1fn", 16, scale="e4m3fn", tensor_scale=True)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lowprec.cast import FormatLike
-from lowprec.formats import FloatFormat, format
+from lowprec.formats import FloatFormat, float_format
 
 ROLES = ("activation", "weight", "activation_grad", "weight_grad")
 """The four roles of a product y = a · b, in the order that counters know them by."""
@@ -135,7 +135,7 @@ def as_policy(name: str, value: object) -> Policy:
 
 def _role(name: str, value: FormatLike | None) -> FloatFormat | None:
     try:
-        return None if value is None else format(value)
+        return None if value is None else float_format(value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
 

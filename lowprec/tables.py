@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lowprec import reference
 from lowprec.formats import NAMES, FloatFormat
-from lowprec.formats import format as lookup
+from lowprec.formats import float_format as lookup
 
 NORMAL, SUBNORMAL, SPECIAL, FAINT = "bright_blue", "dark_orange", "magenta", "bright_black"
 _COLOURS = {"normal": NORMAL, "subnormal": SUBNORMAL, "infinity": SPECIAL, "NaN": SPECIAL, "zero": "default"}

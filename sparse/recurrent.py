@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from lowprec._ops import layer_norm_back, sigmoid_back, tanh_back
 from lowprec.cast import quantize
 from lowprec.formats import FloatFormat
-from lowprec.formats import format as lookup
+from lowprec.formats import float_format as lookup
 from lowprec.policy import Policy, as_policy
 from lowprec.region import Region, put_back, take
 from lowprec.sparse.rounding import caster
