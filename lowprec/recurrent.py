@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowprec import _ops
 from lowprec.products import Handler
 from lowprec.roles import Roles
 
@@ -105,7 +106,7 @@ def network(kind: type[Layer]) -> Handler:
             raise ValueError(f"input must have at least one step, got shape {tuple(input.shape)}")
         states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         groups = _groups(roles, kind, params, has_biases, layers * (1 + bidirectional))
-        run = _run_uncompiled if torch.compiler.is_compiling() and not torch._dynamo.config.allow_rnn else _run
+        run = _uncompiled() if torch.compiler.is_compiling() and not torch._dynamo.config.allow_rnn else _run
         y, states = run(
             roles, groups, input.transpose(0, 1) if across else input, sizes, states, 1 + bidirectional, dropout * train
         )
@@ -158,10 +159,13 @@ def _run(
     return x, tuple(torch.stack(final) for final in zip(*finals, strict=True))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _run_uncompiled(*args: Any) -> tuple[Tensor, State]:
-    """The same as torch's compiler sees its own recurrent networks: not at all, rather than step by step."""
-    return _run(*args)
+@_ops.constant
+def _uncompiled() -> Callable[..., tuple[Tensor, State]]:
+    """`_run` as torch's compiler sees its own recurrent networks: not at all, rather than step by step.
+
+    Made when it is first needed: `torch.compiler.disable` imports the compiler.
+    """
+    return torch.compiler.disable(_run)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _scan(

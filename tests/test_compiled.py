@@ -22,20 +22,13 @@ from lowprec.formats import SPECIALS, FloatFormat
 from lowprec.rounding import Rounding
 from lowprec.testing import assert_bits_equal, bits, special_values
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = tuple(CONTAINERS)
 SPLITS = [(4, 3), (5, 2), (3, 4), (2, 1), (3, 0), (1, 2), (0, 5), (0, 7)]
 WIDE = [(5, 10), (8, 7), (11, 4), (8, 0), (0, 15), (8, 10), (8, 23), (11, 20), (6, 25), (0, 24), (0, 31)]
 MODES = tuple(Rounding)
 E4M3 = lookup("e4m3fn")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Most tensors here are too small to share: a second thread would only wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def formats_of(ebits: int, mbits: int, specials: str) -> Iterator[FloatFormat]:

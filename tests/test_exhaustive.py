@@ -41,18 +41,11 @@ from tests import judge as judges
 from tests.engines import DTYPES, Engine, engines, float64, holds
 from tests.judge import Array, Judged, as_codes, as_values, judge, place
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPLITS = [(ebits, mbits) for ebits in range(8) for mbits in range(8 - ebits) if ebits + mbits > 0]
 DETERMINISTIC = [mode for mode in Rounding if mode is not Rounding.stochastic]
 SEED, OFFSET = 2**40 + 12345, 2**33 + 7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Most tensors here are too small to share: a second thread would only wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def formats_of(ebits: int, mbits: int) -> Iterator[FloatFormat]:

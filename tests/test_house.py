@@ -123,6 +123,12 @@ def test_sparse_and_studies_load_under_lowprec_alone() -> None:
     assert not stray
 
 
+def test_importing_the_package_leaves_the_compiler_alone() -> None:
+    script = "import sys, lowprec; print([name for name in sys.modules if name.startswith('torch._dynamo')])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_cuda_is_no_python_package() -> None:
     assert not list((ROOT / "cuda").rglob("__init__.py")), "it would hide NVIDIA's own `cuda` packages"
 

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,20 +30,13 @@ from lowprec.studies.capacity.model import ByteModel
 from lowprec.studies.capacity.summary import findings, summarise
 from lowprec.studies.train import Plan, Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = b"to be, or not to be: that is the question. " * 60
 
 TINY = {"widths": "8,12", "seeds": "2", "embedding": "8", "batch": "4", "length": "8", "epochs": "0.25", "save": "0.2"}
 """Settings of a run of a few seconds, on a short text."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two threads, by far where others compete for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
