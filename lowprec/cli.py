@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from lowprec.formats import FloatFormat
+    from lowprec.formats import BlockFormat, FloatFormat
 
 app = typer.Typer(
     help="Low-precision numerics for PyTorch: formats, casts and studies.",
@@ -104,15 +104,15 @@ def formats(
         typer.echo(f"picture: {png}")
 
 
-def _format(name: str) -> FloatFormat:
-    from lowprec.formats import NAMES
-    from lowprec.formats import float_format as lookup
+def _format(name: str) -> FloatFormat | BlockFormat:
+    from lowprec.formats import BLOCK_NAMES, NAMES
+    from lowprec.formats import format as lookup
 
     try:
         return lookup(name)
     except ValueError as error:
         if str(error).startswith("unknown format"):
-            _fail(f"unknown format {name!r}: {_instead(name, NAMES)}")
+            _fail(f"unknown format {name!r}: {_instead(name, [*NAMES, *BLOCK_NAMES])}")
         _fail(str(error))
 
 
@@ -127,15 +127,22 @@ def _list_formats(console: Console, everything: bool) -> None:
     from lowprec import tables
 
     console.print(tables.listing(console.width, everything))
+    console.print(tables.blocks())
     if not everything:
         console.print(tables.P3109)
     console.print(tables.OTHERS)
+    console.print(tables.BFP)
 
 
-def _show_format(console: Console, name: str, fmt: FloatFormat, everything: bool) -> None:
+def _show_format(console: Console, name: str, fmt: FloatFormat | BlockFormat, everything: bool) -> None:
     from lowprec import ruler, tables
+    from lowprec.formats import BlockFormat
 
     console.rule(f"[bold]{name}", align="left")
+    if isinstance(fmt, BlockFormat):
+        console.print(tables.block_properties(name, fmt))
+        _show_format(console, f"elements: {tables.name_of(fmt.element)}", fmt.element, everything)
+        return
     console.print(tables.properties(name, fmt))
     width = max(console.width, 40)
     for line in (*ruler.near_zero(fmt, width), *ruler.whole_range(fmt, width)):
@@ -143,11 +150,13 @@ def _show_format(console: Console, name: str, fmt: FloatFormat, everything: bool
     console.print(tables.codes(fmt) if fmt.bits <= 8 else tables.binades(fmt, everything))
 
 
-def _save_picture(chosen: dict[str, FloatFormat], png: Path) -> None:
+def _save_picture(chosen: dict[str, FloatFormat | BlockFormat], png: Path) -> None:
     from lowprec import chart
+    from lowprec.formats import BlockFormat
 
+    elements = {name: fmt.element if isinstance(fmt, BlockFormat) else fmt for name, fmt in chosen.items()}
     try:
-        chart.draw_formats(chosen, png)
+        chart.draw_formats(elements, png)
     except OSError as error:
         _fail(f"the picture cannot be saved: {_reason(error)}", 1)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowprec import reference
-from lowprec.formats import NAMES, FloatFormat
+from lowprec.formats import BLOCK_NAMES, NAMES, Block, BlockFormat, FloatFormat
 from lowprec.formats import float_format as lookup
 
 NORMAL, SUBNORMAL, SPECIAL, FAINT = "bright_blue", "dark_orange", "magenta", "bright_black"
@@ -107,16 +107,93 @@ def _summary(fmt: FloatFormat, narrow: bool) -> tuple[str, ...]:
     return form, str(fmt.bits), str(fmt.bias), str(fmt.emax), *ends, fmt.specials
 
 
+# Block formats.
+
+BFP = (
+    "bfp<bits>/<block> is classical block floating point, block[<element>]/<block> has any element; "
+    "a block is n, <rows>x<columns> or tensor."
+)
+
+
+def blocks() -> Table:
+    """The named block formats."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    for header in ("element", "block", "scale", "bits an element"):
+        table.add_column(header, no_wrap=True)
+    table.add_row()
+    table.add_row(Text("Blocks that share a scale", style="bold"))
+    for name, fmt in BLOCK_NAMES.items():
+        table.add_row(name, name_of(fmt.element), _shape(fmt.block), name_of(fmt.scale), f"{_bits_each(fmt):g}")
+    return table
+
+
+def name_of(fmt: FloatFormat | str) -> str:
+    """The name of a float format, or its string where it has none."""
+    return next((name for name, named in NAMES.items() if named == fmt), str(fmt))
+
+
+def _bits_each(fmt: BlockFormat) -> float:
+    """Bits that an element takes, its share of a full block's scale included."""
+    if isinstance(fmt.block, str):
+        return fmt.bits
+    return fmt.bits + 8 / math.prod(_sizes(fmt.block))
+
+
+def block_properties(name: str, fmt: BlockFormat) -> Table:
+    """What follows from a block format's definition, its elements apart."""
+    table = _properties_table()
+    for row in _block_properties(name, fmt):
+        table.add_row(*row)
+    return table
+
+
+def _block_properties(name: str, fmt: BlockFormat) -> Iterator[tuple[str, str]]:
+    if name != str(fmt):
+        yield "string form", str(fmt)
+    yield "block", "the whole tensor" if fmt.block == "tensor" else f"{_shape(fmt.block)} elements"
+    yield "bits an element", f"{_bits_each(fmt):g}: {fmt.bits}, and its share of an 8-bit scale"
+    if fmt.scale == "e8m0":
+        yield "scale", "e8m0: a power of two, 2^-127 .. 2^127"
+        yield "its exponent", _RULES[fmt.rule]
+    else:
+        by = f"({fmt.element.max:g} · tensor scale)" if fmt.tensor_scale else f"{fmt.element.max:g}"
+        yield "scale", f"{name_of(fmt.scale)}: amax / {by}, rounded to nearest even"
+    if fmt.tensor_scale and isinstance(fmt.scale, FloatFormat):
+        yield "tensor scale", f"float32: the tensor's amax / ({fmt.element.max:g} · {fmt.scale.max:g})"
+    yield "element codes", "two's complement" if fmt.twos_complement else "sign and magnitude"
+
+
+_RULES = {
+    "floor": "floor: floor(log2 amax) - emax of the element; the largest elements may saturate",
+    "ceil": "ceil: the least k with amax <= max of the element · 2^k; nothing saturates",
+    "nearest": "nearest: as floor, of amax rounded to the element's significant bits",
+}
+
+
+def _shape(block: Block) -> str:
+    return block if isinstance(block, str) else "x".join(map(str, _sizes(block)))
+
+
+def _sizes(block: int | tuple[int, int]) -> tuple[int, ...]:
+    return block if isinstance(block, tuple) else (block,)
+
+
 # One format.
 
 
 def properties(name: str, fmt: FloatFormat) -> Table:
     """What follows from a format's definition."""
+    table = _properties_table()
+    for row in _properties(name, fmt):
+        table.add_row(*row)
+    return table
+
+
+def _properties_table() -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style=FAINT, no_wrap=True)
     table.add_column()
-    for row in _properties(name, fmt):
-        table.add_row(*row)
     return table
 
 

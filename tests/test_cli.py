@@ -27,7 +27,7 @@ from typer.testing import CliRunner, Result
 import lowprec as lp
 from lowprec import chart, doctor, reference, ruler, studies, tables
 from lowprec.cli import app
-from lowprec.formats import NAMES
+from lowprec.formats import BLOCK_NAMES, NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -98,6 +98,33 @@ def test_formats_are_listed_whole(width: int) -> None:
 def test_all_lists_every_name() -> None:
     words = {line.split()[0] for line in call("formats", "--all", width=120).stdout.splitlines() if line.strip()}
     assert set(NAMES) <= words
+
+
+def test_block_formats_are_listed_with_the_bits_that_they_take() -> None:
+    rows = {line.split()[0]: line.split() for line in call("formats", width=120).stdout.splitlines() if line.strip()}
+    assert set(BLOCK_NAMES) <= set(rows)
+    assert rows["mxfp6_e3m2"][1:] == ["e3m2fn", "32", "e8m0", "6.25"]
+    assert rows["nvfp4"][1:] == ["e2m1fn", "16", "e4m3fn", "4.5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mxfp4", ["32 elements", "4.25", "e8m0", "floor(log2 amax)", "elements: e2m1fn"]),
+        ("mxint8", ["two's complement", "elements: 1-0-7:specials=fnuz"]),
+        ("nvfp4", ["16 elements", "4.5", "amax / (6 · tensor scale)", "amax / (6 · 448)"]),
+        ("bfp8/16x16:rule=ceil", ["16x16 elements", "8.03125", "nothing saturates"]),
+        ("bfp6/tensor", ["the whole tensor", "6: 6"]),
+    ],
+)
+def test_a_block_format_shows_its_blocks_and_its_elements(name: str, said: list[str]) -> None:
+    output = call("formats", name, width=120).stdout
+    assert [words for words in said if words not in output] == []
+
+
+def test_a_block_format_is_drawn_by_its_elements(tmp_path: Path) -> None:
+    assert call("formats", "mxfp4", "--png", str(tmp_path / "x.png")).exit_code == 0
+    assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", SMALL)
