@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowprec import eager
+from lowprec import eager, eager_statistics
 from lowprec.formats import SPECIALS, FloatFormat
 from lowprec.rounding import Rounding
 
@@ -128,7 +128,10 @@ def _fake_seed() -> Tensor:
 
 _define(f"quantize({_CAST}, Tensor? shift=None, int[] place=[]) -> Tensor", _eager(eager.quantize), _fake_values)
 _define(
-    f"quantize_count({_CAST}, Tensor(a!) counts) -> Tensor", _eager(eager.quantize_count), _fake_values, batched=False
+    f"quantize_statistics({_CAST}, Tensor? shift, Tensor(a!) stats, Tensor(b!)? codes) -> Tensor",
+    _eager(eager_statistics.quantize_statistics),
+    _fake_values,
+    batched=False,
 )
 _define(f"quantize_out({_CAST}, Tensor(a!) out) -> ()", _into(_eager(eager.quantize)), _fake_none, batched=False)
 _define(f"encode({_CAST}) -> Tensor", _eager(eager.encode), _fake_codes)
@@ -138,7 +141,7 @@ _define("decode_out(Tensor codes, int[] format, Tensor(a!) out) -> ()", _decode_
 _define("draw_seed() -> Tensor", _draw_seed, _fake_seed, batched=False, tags=(torch.Tag.nondeterministic_seeded,))
 
 quantize = torch.ops.lowprec.quantize.default
-quantize_count = torch.ops.lowprec.quantize_count.default
+quantize_statistics = torch.ops.lowprec.quantize_statistics.default
 quantize_out = torch.ops.lowprec.quantize_out.default
 encode = torch.ops.lowprec.encode.default
 encode_out = torch.ops.lowprec.encode_out.default

@@ -194,10 +194,10 @@ def quantize(
     `shift_range`. `place` is where x lies in a larger tensor, whose elements' words it draws; see `random_words`.
     """
     word = random_words(x, seed, offset, random_bits, place) if rounding is Rounding.stochastic else None
-    return _quantize(x, fmt, rounding, saturate, word, random_bits, shift)[0]
+    return quantize_parts(x, fmt, rounding, saturate, word, random_bits, shift)[0]
 
 
-def _quantize(
+def quantize_parts(
     x: Tensor,
     fmt: FloatFormat,
     rounding: Rounding,
@@ -206,6 +206,7 @@ def _quantize(
     random_bits: int,
     shift: Tensor | None,
 ) -> tuple[Tensor, Unpacked, Rounded]:
+    """`quantize`, and what it came from: the numbers taken apart, and their rounded codes."""
     parts = unpack(x)
     by = 0 if shift is None else shift.to(x.device).clamp(*shift_range(fmt, x.dtype))
     scaled = parts._replace(exponent=parts.exponent - by)
@@ -215,26 +216,6 @@ def _quantize(
     bits = torch.where(rounded.infinite, special, pack(rounded.code, parts.negative, fmt, x.dtype, by))
     values = torch.where(parts.nan, x, _as_values(bits, x.dtype))
     return torch.empty_like(x).copy_(values), parts, rounded
-
-
-def quantize_count(
-    x: Tensor,
-    fmt: FloatFormat,
-    rounding: Rounding,
-    saturate: bool,
-    seed: Tensor | None,
-    offset: Tensor | None,
-    random_bits: int,
-    counts: Tensor,
-) -> Tensor:
-    """`quantize`, which also adds [elements, saturated, flushed, nan] to int64 counts of shape (4,)."""
-    word = random_words(x, seed, offset, random_bits) if rounding is Rounding.stochastic else None
-    values, parts, rounded = _quantize(x, fmt, rounding, saturate, word, random_bits, None)
-    saturated = rounded.overflow & ~parts.nan
-    flushed = (parts.significand != 0) & (rounded.code == 0) & ~parts.infinite & ~parts.nan
-    total = torch.full((), x.numel(), dtype=torch.int64, device=x.device)
-    counts += torch.stack([total, saturated.sum(), flushed.sum(), parts.nan.sum()])
-    return values
 
 
 def encode(
@@ -250,12 +231,16 @@ def encode(
     parts = unpack(x)
     word = random_words(x, seed, offset, random_bits) if rounding is Rounding.stochastic else None
     rounded = round_code(parts, fmt, rounding, saturate, word, random_bits)
+    out = torch.empty_like(x, dtype=code_dtype(fmt.fields))
+    return out.copy_(full_codes(parts, rounded, fmt).to(out.dtype))
+
+
+def full_codes(parts: Unpacked, rounded: Rounded, fmt: FloatFormat) -> Tensor:
+    """The codes that rounded magnitudes make with their signs, infinities and NaNs, as int64."""
     signed = parts.negative & ((rounded.code != 0) | fmt.has_negative_zero)
     code = rounded.code | (signed.to(torch.int64) * fmt.sign_code)
     code = torch.where(rounded.infinite, _infinity_codes(parts.negative, fmt), code)
-    code = torch.where(parts.nan, _nan_codes(parts.negative, fmt), code)
-    out = torch.empty_like(x, dtype=code_dtype(fmt.fields))
-    return out.copy_(code.to(out.dtype))
+    return torch.where(parts.nan, _nan_codes(parts.negative, fmt), code)
 
 
 def _nan_codes(negative: Tensor, fmt: FloatFormat) -> Tensor:

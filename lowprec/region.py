@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lowprec.coverage import HANDLERS, KINDS, is_unfit, missed
 from lowprec.policy import Formats
 from lowprec.products import tensors
-from lowprec.roles import COUNTERS, Roles
+from lowprec.roles import CODES, STATS, Counters, Roles
 
 Function = Callable[..., Any]
 
@@ -39,7 +39,11 @@ class Region(TorchFunctionMode):
         self.strict = strict
         self.missed: tuple[str, ...] = ()
         with torch.inference_mode(False):
-            self._keep(torch.zeros(len(KINDS), *COUNTERS, dtype=torch.int64, device=device))
+            self._keep(
+                torch.zeros(len(KINDS), dtype=torch.int64, device=device),
+                torch.zeros(len(KINDS), *STATS, dtype=torch.float64, device=device),
+                torch.zeros(*CODES, dtype=torch.int64, device=device),
+            )
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -69,13 +73,13 @@ class Region(TorchFunctionMode):
         """The roles of a product, and where to count it: on the device of its operands."""
         if x.device.type == "meta" or not _counting():
             return Roles(self.formats)
-        if self.counts.device != x.device:
+        if self.calls.device != x.device:
             with torch.inference_mode(False):
-                self._keep(self.counts.to(x.device))
-        counts, again = self.counts[kind], _recomputing()
+                self._keep(self.calls.to(x.device), self.stats.to(x.device), self.codes.to(x.device))
+        again = _recomputing()
         if not again:
-            counts[0, 0].add_(1)
-        return Roles(self.formats, counts, again=again)
+            self.calls[kind].add_(1)
+        return Roles(self.formats, Counters(self.stats[kind], self.codes), again=again)
 
     def note(self, name: str, x: Tensor) -> None:
         """Count a call of an op that reads the formats and rounds by itself, as the report names it."""
@@ -91,10 +95,13 @@ class Region(TorchFunctionMode):
         if name not in self.missed:
             self.missed = (*self.missed, name)
 
-    def _keep(self, counts: Tensor) -> None:
-        self.counts = counts
-        # What `torch._dynamo.mark_static_address` sets, without importing the compiler: a CUDA graph may write here.
-        counts._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    def _keep(self, calls: Tensor, stats: Tensor, codes: Tensor) -> None:
+        """Hold the counters: calls of each kind of op, statistics of each kind and role, codes of each role."""
+        self.calls, self.stats, self.codes = calls, stats, codes
+        for counter in (calls, stats, codes):
+            # What `torch._dynamo.mark_static_address` sets, without importing the compiler: a CUDA graph may write
+            # here.
+            counter._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
 
 def _counting() -> bool:

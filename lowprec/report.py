@@ -164,10 +164,10 @@ def _wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region | None]]
 
 def _rows(path: str, module: nn.Module, region: Region) -> Iterator[Row]:
     own = _kind_of(module)
-    for kind, (first, *roles) in zip(KINDS, region.counts.tolist(), strict=True):
-        if first[0] or kind == own:
-            counts = {role: Count(*row) for role, row in zip(ROLES, roles, strict=True)}
-            yield Row(path, kind, region.formats, first[0], counts)
+    for kind, calls, roles in zip(KINDS, region.calls.tolist(), region.stats.tolist(), strict=True):
+        if calls or kind == own:
+            counts = {role: Count(*map(int, row[:4])) for role, row in zip(ROLES, roles, strict=True)}
+            yield Row(path, kind, region.formats, calls, counts)
 
 
 def _kind_of(module: nn.Module) -> str | None:

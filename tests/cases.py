@@ -66,11 +66,17 @@ def _casts(
     return arguments
 
 
+def _statistics(x: Tensor) -> Arguments:
+    """Shift, statistics, and a histogram for some."""
+    histogram = torch.zeros(256, dtype=torch.int64, device=x.device) if x.dim() else None
+    return None, torch.zeros(9, dtype=torch.float64, device=x.device), histogram
+
+
 CASES = [
     Case("quantize", _casts()),
     Case("quantize", _casts(lambda x: (torch.tensor(-2), [3, 4, 9]))),
     Case("quantize_out", _casts(lambda x: (torch.empty_like(x),))),
-    Case("quantize_count", _casts(lambda x: (torch.zeros(4, dtype=torch.int64, device=x.device),))),
+    Case("quantize_statistics", _casts(_statistics)),
     Case("encode", _casts(text="1-5-6:specials=ieee")),
     Case("encode_out", _casts(lambda x: (torch.empty_like(x, dtype=torch.uint8),))),
     Case(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowprec import _ops, eager
+from lowprec import _ops, eager, eager_statistics
 from lowprec import format as lookup
 from lowprec.cast import _require_holds
 from lowprec.eager import CONTAINERS, code_dtype
@@ -77,15 +77,24 @@ def holds(fmt: FloatFormat, dtype: torch.dtype) -> bool:
 
 
 def check(name: str, x: Tensor, fmt: FloatFormat, rounding: Rounding, *how: object) -> None:
-    """An op and its twin give the same bits, strides and counts."""
-    mine, theirs = (torch.zeros(4, dtype=torch.int64, device=x.device) for _ in range(2))
-    counts = [[mine], [theirs]] if name == "quantize_count" else [[], []]
-    actual = getattr(_ops, name)(x, fmt.fields, rounding.number, *how, *counts[0])
-    expected = getattr(eager, name)(x, fmt, rounding, *how, *counts[1])
+    """An op and its twin give the same bits, strides, statistics and histogram."""
+    mine, theirs = (counters(x, fmt) if name == "quantize_statistics" else () for _ in range(2))
+    actual = getattr(_ops, name)(x, fmt.fields, rounding.number, *how, *mine)
+    twin = eager_statistics if mine else eager
+    expected = getattr(twin, name)(x, fmt, rounding, *how, *theirs)
     what = f"{name} to {fmt}, {rounding.value}, {how}"
     assert_bits_equal(actual, expected, given=x, what=what)
     assert actual.stride() == expected.stride(), what
-    assert mine.tolist() == theirs.tolist(), what
+    for counted, wanted in zip(mine[1:], theirs[1:], strict=True):
+        if counted is not None:
+            assert_bits_equal(counted, wanted, what=what)
+
+
+def counters(x: Tensor, fmt: FloatFormat) -> tuple[Tensor | None, ...]:
+    """Shift, statistics, and a histogram of codes of up to 16 bits."""
+    stats = torch.zeros(9, dtype=torch.float64, device=x.device)
+    histogram = torch.zeros(1 << fmt.bits, dtype=torch.int64, device=x.device) if fmt.bits <= 16 else None
+    return None, stats, histogram
 
 
 def draws(device: torch.device) -> Iterator[tuple[Tensor | None, Tensor | None, int]]:
@@ -107,7 +116,7 @@ def test_casts_agree(device: torch.device, ebits: int, mbits: int, specials: str
             saturate = next(flip)
             check("encode", x, fmt, rounding, saturate, *next(draw))
             if holds(fmt, dtype):
-                check("quantize_count", x, fmt, rounding, not saturate, *next(draw))
+                check("quantize_statistics", x, fmt, rounding, not saturate, *next(draw))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,7 +161,7 @@ def test_layouts(device: torch.device, dtype: torch.dtype, rounding: Rounding) -
     how = (True, torch.tensor(5), None, 32)
     for x in layouts(device, dtype).values():
         check("quantize", x, E4M3, rounding, *how)
-        check("quantize_count", x, E4M3, rounding, *how)
+        check("quantize_statistics", x, E4M3, rounding, *how)
         check("encode", x, E4M3, rounding, *how)
 
 
@@ -205,7 +214,7 @@ def test_every_tail_and_alignment(device: torch.device, dtype: torch.dtype) -> N
     draw = draws(device)
     for size, shift in product(SIZES, (0, 1, 2, 3, 5)):
         x = storage[shift : shift + size]
-        check("quantize_count", x, E4M3, Rounding.nearest_away, True, None, None, 32)
+        check("quantize_statistics", x, E4M3, Rounding.nearest_away, True, None, None, 32)
         check("quantize", x, E4M3, Rounding.stochastic, True, *next(draw))
         check("encode", x, E4M3, Rounding.stochastic, True, *next(draw))
         codes = _ops.encode(storage, E4M3.fields, 0, True, None, None, 32)[shift : shift + size]
@@ -245,25 +254,19 @@ def test_flush_to_zero_changes_no_bit(device: torch.device, dtype: torch.dtype) 
 
 def test_thread_count_changes_no_bit() -> None:
     x = torch.randn(300_001) * 100
-    counts = torch.zeros(3, 4, dtype=torch.int64)
+    stats, codes = torch.zeros(3, 9, dtype=torch.float64), torch.zeros(3, 256, dtype=torch.int64)
     before = torch.get_num_threads()
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         found.append(results(x, E4M3))
-        _ops.quantize_count(x, E4M3.fields, 0, True, None, None, 32, counts[threads - 1])
+        _ops.quantize_statistics(x, E4M3.fields, *REST, None, stats[threads - 1], codes[threads - 1])
     torch.set_num_threads(before)
     for other in found[1:]:
         for mine, theirs in zip(other, found[0], strict=True):
             assert_bits_equal(mine, theirs)
-    assert len(set(map(tuple, counts.tolist()))) == 1
-
-
-def test_counts_add_up(device: torch.device) -> None:
-    x = torch.tensor([500.0, -1e30, float("inf"), float("nan"), 0.0, -0.0, 1e-9, -1e-40, 1.0], device=device)
-    counts = torch.tensor([100, 200, 300, 400], device=device)
-    _ops.quantize_count(x, E4M3.fields, 0, True, None, None, 32, counts)
-    assert counts.tolist() == [109, 203, 302, 401]
+    for rows in (stats, codes):
+        assert_bits_equal(rows, rows[:1].expand_as(rows).contiguous())
 
 
 REST = (0, True, None, None, 32)
@@ -277,7 +280,11 @@ WRONG: dict[str, Callable[[Tensor], object]] = {
     "mode": lambda x: _ops.quantize(x, FIELDS, 7, *REST[1:]),
     "random bits": lambda x: _ops.quantize(x, FIELDS, 6, True, None, None, 7),
     "seed": lambda x: _ops.quantize(x, FIELDS, 6, True, torch.ones(2), None, 32),
-    "counts": lambda x: _ops.quantize_count(x, FIELDS, *REST, torch.zeros(3, dtype=torch.int64, device=x.device)),
+    "stats": lambda x: _ops.quantize_statistics(x, FIELDS, *REST, None, x.new_zeros(8, dtype=torch.float64), None),
+    "dtype of stats": lambda x: _ops.quantize_statistics(x, FIELDS, *REST, None, x.new_zeros(9), None),
+    "histogram": lambda x: _ops.quantize_statistics(
+        x, FIELDS, *REST, None, x.new_zeros(9, dtype=torch.float64), x.new_zeros(255, dtype=torch.int64)
+    ),
     "shape of out": lambda x: _ops.quantize_out(x, FIELDS, *REST, x[:2]),
     "dtype of out": lambda x: _ops.encode_out(x, FIELDS, *REST, x),
     "codes": lambda x: _ops.decode(x, FIELDS, torch.float32),

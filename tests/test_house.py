@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"formats", "rounding"},
     {"reference", "eager", "packing"},
+    {"eager_statistics"},
     {"_ops", "testing"},
     {"cast"},
     {"policy"},
