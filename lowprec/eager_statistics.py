@@ -51,7 +51,8 @@ def quantize_statistics(
     error = torch.where(regular & values.isfinite(), after - before, 0.0)
     terms = torch.stack([before.abs(), before, before * before, error * error])
     sums = add_up(in_order(terms, x, rounding is Rounding.stochastic))
-    counts = torch.stack([torch.full_like(x, 1, dtype=torch.bool), saturated, flushed, parts.nan]).flatten(1).sum(1)
+    elements = torch.ones_like(saturated)
+    counts = torch.stack([elements, saturated, flushed, parts.nan]).reshape(4, -1).sum(1)
     merge(stats, torch.cat([counts.to(torch.float64), largest(x).reshape(1), sums]))
     if codes is not None:
         found = full_codes(parts, rounded, fmt).reshape(-1)
