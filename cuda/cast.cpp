@@ -1,7 +1,6 @@
 // Casts on the CPU: loops that the compiler turns into vector code, shared out among torch's threads.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
 #include "lowprec/cast_ops.h"
@@ -50,69 +49,43 @@ void draw(const Draws& draws, int64_t begin, int64_t count, uint32_t* words) {
   block(draws.seed, draws.offset, begin, count, words);
 }
 
-template <class AnyTally, class Op>
-LOWPREC_INLINE AnyTally cast_all(const Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count,
-                                 const uint32_t* words) {
-  AnyTally tally;
+template <class Op>
+LOWPREC_INLINE void cast_all(const Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count,
+                             const uint32_t* words) {
+  NoTally none;
   // Each element is read before its own place is written, also where x and out are the same array.
 #pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) out[i] = op(x[i], Op::random ? words[i] : 0, tally);
-  return tally;
+  for (int64_t i = 0; i < count; ++i) out[i] = op(x[i], Op::random ? words[i] : 0, none);
 }
 
 /// One loop for regular grids and one for the others, each without the branch that tells them apart.
-template <class AnyTally, class Op>
-LOWPREC_CLONES AnyTally cast_block(Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count,
-                                   const uint32_t* words) {
+template <class Op>
+LOWPREC_CLONES void cast_block(Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count,
+                               const uint32_t* words) {
   if (op.grid.regular) {
     op.grid.regular = true;
-    return cast_all<AnyTally>(op, x, out, count, words);
+    return cast_all(op, x, out, count, words);
   }
   op.grid.regular = false;
-  return cast_all<AnyTally>(op, x, out, count, words);
+  return cast_all(op, x, out, count, words);
 }
 
-/// Sums of tallies from several threads. Integers, so their order does not matter.
-class Total {
- public:
-  void add(NoTally) {}
-  void add(Tally tally) {
-    saturated_ += tally.saturated;
-    flushed_ += tally.flushed;
-    nan_ += tally.nan;
-  }
-
-  void add_to(int64_t* counts, int64_t elements) const {
-    counts[0] += elements;
-    counts[1] += saturated_;
-    counts[2] += flushed_;
-    counts[3] += nan_;
-  }
-
- private:
-  std::atomic<int64_t> saturated_{0};
-  std::atomic<int64_t> flushed_{0};
-  std::atomic<int64_t> nan_{0};
-};
-
 struct Cpu {
-  template <class AnyTally, class Op>
-  static void run(const Op& op, const Tensor& x, const Tensor& out, const Source& source, int64_t* counts) {
+  template <class Op>
+  static void run(const Op& op, const Tensor& x, const Tensor& out, const Source& source) {
     const Draws draws =
         Op::random ? Draws{read_word(source.seed), read_word(source.offset), source.bits, source.place} : Draws{};
     elementwise(x, out, Op::random, [&](const void* from, void* to, int64_t count) {
       const auto* input = static_cast<const typename Op::Input*>(from);
       auto* output = static_cast<typename Op::Output*>(to);
-      Total total;
       parallel_for(0, (count + kBlock - 1) / kBlock, kGrain, [&](int64_t first, int64_t last) {
         alignas(64) uint32_t words[Op::random ? kBlock : 1];
         for (int64_t begin = first * kBlock; begin < std::min(last * kBlock, count); begin += kBlock) {
           const int64_t size = std::min(kBlock, count - begin);
           if (Op::random) draw(draws, begin, size, words);
-          total.add(cast_block<AnyTally>(op, input + begin, output + begin, size, words));
+          cast_block(op, input + begin, output + begin, size, words);
         }
       });
-      if (counts) total.add_to(counts, count);
     });
   }
 };

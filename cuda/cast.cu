@@ -53,25 +53,6 @@ struct alignas(std::min<size_t>(sizeof(T) * kWidth, 16)) Chunk {
 template <class Op>
 constexpr int chunk_width = std::max<int>(16 / std::max(sizeof(typename Op::Input), sizeof(typename Op::Output)), 4);
 
-__device__ void add_up(NoTally, int64_t*, int64_t) {}
-
-/// Add the tallies of a block to the counts. Integers, so the order of blocks does not matter.
-__device__ void add_up(Tally tally, int64_t* counts, int64_t elements) {
-  __shared__ uint32_t sums[3];
-  if (threadIdx.x < 3) sums[threadIdx.x] = 0;
-  __syncthreads();
-  constexpr uint32_t everyone = 0xffffffff;
-  const uint32_t warp[] = {__reduce_add_sync(everyone, tally.saturated), __reduce_add_sync(everyone, tally.flushed),
-                           __reduce_add_sync(everyone, tally.nan)};
-  if (threadIdx.x % warpSize == 0) {
-    for (int i = 0; i < 3; ++i) atomicAdd(&sums[i], warp[i]);
-  }
-  __syncthreads();
-  auto* totals = reinterpret_cast<unsigned long long*>(counts);
-  if (threadIdx.x < 3) atomicAdd(&totals[1 + threadIdx.x], sums[threadIdx.x]);
-  if (blockIdx.x == 0 && threadIdx.x == 0) atomicAdd(&totals[0], static_cast<unsigned long long>(elements));
-}
-
 /// The draws of the four elements from `index` on, or of one.
 struct Draw {
   uint64_t seed;
@@ -86,16 +67,16 @@ struct Draw {
 
 /// The first `chunks` chunks, then what elements are left one by one: x and out may be the same array, since each
 /// thread reads a place before it writes there, and no other one touches it.
-template <class AnyTally, class Op>
+template <class Op>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Op>)
     cast_kernel(const Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count, int64_t chunks,
-                const DeviceDraws draws, int64_t* counts) {
+                const DeviceDraws draws) {
   using Inputs = Chunk<typename Op::Input, chunk_width<Op>>;
   using Outputs = Chunk<typename Op::Output, chunk_width<Op>>;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
   const Draw draw(draws);
-  AnyTally tally;
+  NoTally none;
 
   for (int64_t chunk = thread; chunk < chunks; chunk += threads) {
     const Inputs inputs = reinterpret_cast<const Inputs*>(x)[chunk];
@@ -104,15 +85,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Op>)
     for (int i = 0; i < chunk_width<Op>; i += 4) {
       const Words words = Op::random ? draw.four(chunk * chunk_width<Op> + i) : Words{};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) outputs.at[i + j] = op(inputs.at[i + j], words.word[j], tally);
+      for (int j = 0; j < 4; ++j) outputs.at[i + j] = op(inputs.at[i + j], words.word[j], none);
     }
     reinterpret_cast<Outputs*>(out)[chunk] = outputs;
   }
 #pragma unroll 1
   for (int64_t i = chunks * chunk_width<Op> + thread; i < count; i += threads) {
-    out[i] = op(x[i], Op::random ? draw.one(i) : 0, tally);
+    out[i] = op(x[i], Op::random ? draw.one(i) : 0, none);
   }
-  add_up(tally, counts, count);
 }
 
 /// How many whole chunks there are; none unless both arrays begin where chunks may.
@@ -137,8 +117,8 @@ void check_word_place(const Tensor& x, const MaybeTensor& word) {
 }
 
 struct Cuda {
-  template <class AnyTally, class Op>
-  static void run(const Op& op, const Tensor& x, const Tensor& out, const Source& source, int64_t* counts) {
+  template <class Op>
+  static void run(const Op& op, const Tensor& x, const Tensor& out, const Source& source) {
     check_word_place(x, source.seed);
     check_word_place(x, source.offset);
     STD_TORCH_CHECK(!source.place.width, "a shard's draws are not compiled yet");
@@ -147,9 +127,9 @@ struct Cuda {
     elementwise(x, out, Op::random, [&](const void* from, void* to, int64_t count) {
       const int64_t chunks = whole_chunks<Op>(from, to, count);
       const int blocks = grid_size(chunks ? chunks : count, x.get_device_index());
-      cast_kernel<AnyTally><<<blocks, kThreads, 0, current_stream(x)>>>(
-          op, static_cast<const typename Op::Input*>(from), static_cast<typename Op::Output*>(to), count, chunks, draws,
-          counts);
+      cast_kernel<<<blocks, kThreads, 0, current_stream(x)>>>(op, static_cast<const typename Op::Input*>(from),
+                                                              static_cast<typename Op::Output*>(to), count, chunks,
+                                                              draws);
       check_cuda(cudaGetLastError());
     });
   }

@@ -14,25 +14,11 @@
 
 namespace lowprec {
 
-/// What counts casts; this one does not.
+/// What casts tell of a number on the way: whether it rounded past the largest finite magnitude (NaNs do), and the
+/// magnitude code that the grid would have there. This one does not listen.
 struct NoTally {
-  LOWPREC_INLINE void add(bool, bool, bool, bool) {}
-};
-
-/// Counts of inputs that rounded past the largest finite magnitude, of nonzero ones that became zero, and of NaNs.
-struct Tally {
-  uint32_t saturated = 0;
-  uint32_t flushed = 0;
-  uint32_t nan = 0;
-
-  /// Differences of plain conditions: NaNs all lie beyond the largest magnitude, and zeros all become zero.
-  LOWPREC_INLINE void add(bool beyond, bool becomes_zero, bool is_zero, bool is_nan) {
-    saturated += beyond;
-    saturated -= is_nan;
-    flushed += becomes_zero;
-    flushed -= is_zero;
-    nan += is_nan;
-  }
+  template <class Word>
+  LOWPREC_INLINE void add(bool, Word) {}
 };
 
 /// Code to value, exactly, in a container that holds every finite value. Bits above the format's width are ignored.
@@ -123,7 +109,7 @@ class Quantize {
     const bool beyond = bits > largest_;
     if (beyond) bits = large;
     const bool nan = magnitude > C::infinity;
-    tally.add(beyond, bits == 0, magnitude == 0, nan);
+    tally.add(beyond, to.code);
     return nan ? x : static_cast<Output>(with_sign(bits, x & C::sign));
   }
 

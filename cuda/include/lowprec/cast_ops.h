@@ -52,13 +52,6 @@ inline void check_word(const MaybeTensor& word) {
                   "seed and offset must be 0-dim int64 tensors");
 }
 
-inline int64_t* read_counts(const Tensor& x, const Tensor& counts) {
-  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.numel() == 4 && counts.is_contiguous(),
-                  "counts must be a contiguous int64 tensor of 4 elements");
-  check_same_place(x, counts);
-  return static_cast<int64_t*>(counts.mutable_data_ptr());
-}
-
 inline Place read_place(const Ints& place) {
   if (place.empty()) return {};
   STD_TORCH_CHECK(place.size() == 3 && place[0] >= 0 && place[1] > 0 && place[2] >= 0,
@@ -92,30 +85,21 @@ struct Source {
   }
 };
 
-/// The operators of lowprec/_ops.py. `Backend::run(op, x, out, source, counts)` applies a cast to the elements of x;
-/// `counts` is null or points to [elements, saturated, flushed, nan], to be added to.
+/// The operators of lowprec/_ops.py. `Backend::run(op, x, out, source)` applies a cast to the elements of x.
 template <class Backend>
 struct CastOps {
   static Tensor quantize(const Tensor& x, const Ints& format, int64_t rounding, bool saturate, const MaybeTensor& seed,
                          const MaybeTensor& offset, int64_t random_bits, const MaybeTensor& shift, const Ints& place) {
     Tensor out = empty_like(x, x.scalar_type());
     const Source source(seed, offset, random_bits, read_place(place));
-    quantize_into(x, shifted(read_format(format), shift, x.scalar_type()), rounding, saturate, source, out, nullptr);
+    quantize_into(x, shifted(read_format(format), shift, x.scalar_type()), rounding, saturate, source, out);
     return out;
   }
 
   static void quantize_out(const Tensor& x, const Ints& format, int64_t rounding, bool saturate,
                            const MaybeTensor& seed, const MaybeTensor& offset, int64_t random_bits, const Tensor& out) {
     check_out(x, out, x.scalar_type());
-    quantize_into(x, read_format(format), rounding, saturate, {seed, offset, random_bits}, out, nullptr);
-  }
-
-  static Tensor quantize_count(const Tensor& x, const Ints& format, int64_t rounding, bool saturate,
-                               const MaybeTensor& seed, const MaybeTensor& offset, int64_t random_bits,
-                               const Tensor& counts) {
-    Tensor out = empty_like(x, x.scalar_type());
-    quantize_into(x, read_format(format), rounding, saturate, {seed, offset, random_bits}, out, read_counts(x, counts));
-    return out;
+    quantize_into(x, read_format(format), rounding, saturate, {seed, offset, random_bits}, out);
   }
 
   static Tensor encode(const Tensor& x, const Ints& format, int64_t rounding, bool saturate, const MaybeTensor& seed,
@@ -144,16 +128,12 @@ struct CastOps {
 
  private:
   static void quantize_into(const Tensor& x, const Format& format, int64_t rounding, bool saturate,
-                            const Source& source, const Tensor& out, int64_t* counts) {
+                            const Source& source, const Tensor& out) {
     for_container(x.scalar_type(), [&](auto container) {
       check_within(format, container);
       for_rounding(rounding, [&](auto mode) {
         const Quantize<decltype(container), decltype(mode)> op(format, saturate);
-        if (counts) {
-          Backend::template run<Tally>(op, x, out, source, counts);
-        } else {
-          Backend::template run<NoTally>(op, x, out, source, counts);
-        }
+        Backend::run(op, x, out, source);
       });
     });
   }
@@ -164,7 +144,7 @@ struct CastOps {
       for_code(code_dtype(format), [&](auto code) {
         for_rounding(rounding, [&](auto mode) {
           const Encode<decltype(container), decltype(mode), decltype(code)> op(format, saturate);
-          Backend::template run<NoTally>(op, x, out, source, nullptr);
+          Backend::run(op, x, out, source);
         });
       });
     });
@@ -177,7 +157,7 @@ struct CastOps {
       check_within(format, container);
       for_code(codes.scalar_type(), [&](auto code) {
         const Decode<decltype(code), decltype(container)> op(format);
-        Backend::template run<NoTally>(op, codes, out, {none, none, 32}, nullptr);
+        Backend::run(op, codes, out, {none, none, 32});
       });
     });
   }
@@ -189,7 +169,6 @@ void register_casts(Library& library) {
   using Ops = CastOps<Backend>;
   library.impl("quantize", TORCH_BOX(&Ops::quantize));
   library.impl("quantize_out", TORCH_BOX(&Ops::quantize_out));
-  library.impl("quantize_count", TORCH_BOX(&Ops::quantize_count));
   library.impl("encode", TORCH_BOX(&Ops::encode));
   library.impl("encode_out", TORCH_BOX(&Ops::encode_out));
   library.impl("decode", TORCH_BOX(&Ops::decode));
