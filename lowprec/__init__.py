@@ -4,6 +4,7 @@ How few bits does a model need, and where? Custom float formats with the same bi
 for any model. This page is the public API.
 """
 
+from lowprec.bias import Cast
 from lowprec.cast import decode, encode, quantize
 from lowprec.formats import BlockFormat, FloatFormat, format
 from lowprec.policy import Policy, recipes
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockFormat",
+    "Cast",
     "FloatFormat",
     "Policy",
     "Rounding",

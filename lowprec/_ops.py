@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowprec import eager, eager_statistics
+from lowprec.adapt import adapt as _adapt
 from lowprec.formats import SPECIALS, FloatFormat
 from lowprec.rounding import Rounding
 
@@ -126,6 +127,15 @@ def _fake_seed() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
+def _fake_use(x: Tensor, state: Tensor, *args: Any) -> Tensor:
+    return torch.empty(3, dtype=torch.int64, device=state.device)
+
+
+def _adapt_batched(info: Any, dims: tuple[Any, ...], x: Tensor, state: Tensor, *args: Any) -> tuple[Tensor, None]:
+    """One call for the whole batch: a state is that of a tensor, not of its samples."""
+    return adapt(x, state, *args), None
+
+
 _define(f"quantize({_CAST}, Tensor? shift=None, int[] place=[]) -> Tensor", _eager(eager.quantize), _fake_values)
 _define(
     f"quantize_statistics({_CAST}, Tensor? shift, Tensor(a!) stats, Tensor(b!)? codes) -> Tensor",
@@ -138,6 +148,13 @@ _define(f"encode({_CAST}) -> Tensor", _eager(eager.encode), _fake_codes)
 _define(f"encode_out({_CAST}, Tensor(a!) out) -> ()", _into(_eager(eager.encode)), _fake_none, batched=False)
 _define("decode(Tensor codes, int[] format, ScalarType dtype) -> Tensor", _decode, _fake_decode)
 _define("decode_out(Tensor codes, int[] format, Tensor(a!) out) -> ()", _decode_out, _fake_none, batched=False)
+_define(
+    "adapt(Tensor x, Tensor(a!) state, int kind, int emax, int pad, float? stdv, int frequency, int history) -> Tensor",
+    _adapt,
+    _fake_use,
+    batched=False,
+)
+torch.library.register_vmap("lowprec::adapt", _adapt_batched, lib=_LIBRARY)
 _define("draw_seed() -> Tensor", _draw_seed, _fake_seed, batched=False, tags=(torch.Tag.nondeterministic_seeded,))
 
 quantize = torch.ops.lowprec.quantize.default
@@ -147,6 +164,7 @@ encode = torch.ops.lowprec.encode.default
 encode_out = torch.ops.lowprec.encode_out.default
 decode = torch.ops.lowprec.decode.default
 decode_out = torch.ops.lowprec.decode_out.default
+adapt = torch.ops.lowprec.adapt.default
 draw_seed = torch.ops.lowprec.draw_seed.default
 
 # Gradients that torch has as operators alone.

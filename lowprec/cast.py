@@ -61,13 +61,18 @@ def quantize(
 
     Source: docs/numerics.md, sections 1 to 3.
     """
-    _require_float("x", x)
+    require_float("x", x)
     fields = fields_of(fmt, x.dtype)
     args = (fields, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
     if out is not None:
         return _write(_ops.quantize_out, x, args, out, x.dtype)
+    return apply(x, *args)
+
+
+def apply(x: Tensor, *args: Any, shift: Tensor | None = None) -> Tensor:
+    """The op `quantize` on arguments that have been checked, differentiable."""
     function = Quantize if torch.compiler.is_compiling() else DualQuantize
-    values: Tensor = function.apply(x, *args)  # type: ignore[no-untyped-call]
+    values: Tensor = function.apply(x, *args, shift)  # type: ignore[no-untyped-call]
     return values
 
 
@@ -96,7 +101,7 @@ def encode(
     Raises:
         TypeError, ValueError: as `quantize`.
     """
-    _require_float("x", x)
+    require_float("x", x)
     fields = fields_of(fmt)
     args = (fields, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
     if out is not None:
@@ -149,9 +154,10 @@ class Quantize(torch.autograd.Function):
         seed: Tensor | None,
         offset: Tensor | None,
         random_bits: int,
+        shift: Tensor | None,
     ) -> Tensor:
         # Spelled out: dynamo tells a forward without ctx by the number of its parameters.
-        values: Tensor = _ops.quantize(x, format, rounding, saturate, seed, offset, random_bits)
+        values: Tensor = _ops.quantize(x, format, rounding, saturate, seed, offset, random_bits, shift)
         return values
 
     @staticmethod
@@ -160,7 +166,7 @@ class Quantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
@@ -229,7 +235,8 @@ def _holds(dtype: torch.dtype, value: float) -> bool:
     return exponent <= bias + 1 and exponent > last and math.ldexp(mantissa, exponent - last).is_integer()
 
 
-def _require_float(name: str, x: object) -> None:
+def require_float(name: str, x: object) -> None:
+    """TypeError for what casts do not take."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in CONTAINERS or x.layout != torch.strided or x.is_nested:

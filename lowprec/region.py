@@ -10,6 +10,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lowprec import recompute
 from lowprec.coverage import HANDLERS, KINDS, is_unfit, missed
 from lowprec.policy import Formats
 from lowprec.products import tensors
@@ -167,6 +168,9 @@ def carried(function: Function, region: Region | None = None) -> Function:
         return run_in(region, function, args, kwargs)
 
     return run
+
+
+recompute.carriers.append(carried)
 
 
 def active() -> Region | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowprec.adapt import new_state
 from lowprec.formats import format as lookup
 from lowprec.rounding import Rounding
 
@@ -72,7 +73,20 @@ def _statistics(x: Tensor) -> Arguments:
     return None, torch.zeros(9, dtype=torch.float64, device=x.device), histogram
 
 
+def _adaptations(device: torch.device) -> list[Arguments]:
+    """Every kind of bias, on several dtypes and layouts and on a call that measures nothing."""
+    x = _numbers(device)
+    inputs = [x, x.double().transpose(0, 2), x.half()[:, ::2], x.bfloat16()[:0], x[0, 0, 0]]
+    rules = [(0, 0), (1, 0), (2, 4), (3, 0)]
+    return [
+        (each, new_state([7], history)[0].to(device), kind, 7, 2, None, 1024, history)
+        for each in inputs
+        for kind, history in rules
+    ]
+
+
 CASES = [
+    Case("adapt", _adaptations),
     Case("quantize", _casts()),
     Case("quantize", _casts(lambda x: (torch.tensor(-2), [3, 4, 9]))),
     Case("quantize_out", _casts(lambda x: (torch.empty_like(x),))),
