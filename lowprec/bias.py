@@ -239,7 +239,7 @@ class Cast(nn.Module):
         """Values in x's shape, dtype and strides."""
         rule = self.rule
         if not rule.has_state:
-            return quantize(x, rule.fmt, rounding=rule.rounding, saturate=rule.saturate)
+            return quantize(x, float_format(rule.fmt), rounding=rule.rounding, saturate=rule.saturate)
         require_float("x", x)
         how = how_of(self._text, x.dtype)
         seed, offset, shift = next_use(x.detach(), how, self.state)
