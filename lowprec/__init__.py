@@ -4,6 +4,7 @@ How few bits does a model need, and where? Custom float formats with the same bi
 for any model. This page is the public API.
 """
 
+from lowprec import optim
 from lowprec.bias import Cast
 from lowprec.cast import decode, encode, quantize
 from lowprec.formats import BlockFormat, FloatFormat, format
@@ -23,6 +24,7 @@ __all__ = [
     "decode",
     "encode",
     "format",
+    "optim",
     "quantize",
     "recipes",
     "report",

@@ -28,7 +28,7 @@ LAYERS = (
     {"_ops", "testing"},
     {"cast", "recompute"},
     {"bias"},
-    {"policy"},
+    {"optim", "policy"},
     {"roles"},
     {"products"},
     {"attention", "recurrent"},
