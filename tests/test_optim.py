@@ -490,6 +490,7 @@ def one(dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
     ("settings", "error", "parts"),
     [
         ({"weight": "1-4"}, ValueError, "1-4"),
+        ({"state": "mxfp8_e4m3"}, ValueError, "state must be a format of single elements"),
         ({"master": "fp16"}, ValueError, "master must be one of fp32, bf16, none, got 'fp16'"),
         ({"rounding": "nearest"}, ValueError, "rounding must be one of"),
         (
