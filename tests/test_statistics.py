@@ -20,7 +20,7 @@ from lowprec.eager_statistics import FIELDS
 from lowprec.formats import FloatFormat
 from lowprec.rounding import Rounding
 from lowprec.testing import assert_bits_equal, neighbourhood, special_values
-from tests.strategies import DTYPES, dtypes, formats, modes, tensors
+from tests.strategies import DTYPES, dtypes, fits, formats, modes, tensors
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 E4M3 = lp.format("e4m3fn")
@@ -90,7 +90,7 @@ def test_counts_agree_with_the_reference(mode: Rounding, device: torch.device) -
 def test_histogram_is_that_of_encode(
     data: st.DataObject, fmt: FloatFormat, dtype: torch.dtype, mode: Rounding, saturate: bool
 ) -> None:
-    dtype = dtype if dtype != torch.float16 and (dtype != torch.bfloat16 or fmt.mbits < 8) else torch.float32
+    dtype = dtype if fits(fmt, dtype) else torch.float32
     x = data.draw(tensors(fmt, dtype))
     _, _, codes = gather(x, fmt, mode, saturate)
     drawn = {"seed": 0} if mode is Rounding.stochastic else {}
@@ -167,7 +167,7 @@ def test_sums_of_few_numbers(
     data: st.DataObject, fmt: FloatFormat, dtype: torch.dtype, mode: Rounding, saturate: bool
 ) -> None:
     """Any numbers, subnormal ones and the largest included."""
-    dtype = torch.float64 if fmt.mbits > 7 else dtype
+    dtype = dtype if fits(fmt, dtype) else torch.float64
     x = data.draw(tensors(fmt, dtype))
     y, stats, _ = gather(x, fmt, mode, saturate)
     wanted = expected(x, y)
