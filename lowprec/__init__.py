@@ -6,6 +6,7 @@ for any model. This page is the public API.
 
 from lowprec import optim
 from lowprec.bias import Cast
+from lowprec.block import Packed, load_packed, save_packed
 from lowprec.cast import decode, encode, quantize
 from lowprec.formats import BlockFormat, FloatFormat, format
 from lowprec.policy import Policy, recipes
@@ -19,15 +20,18 @@ __all__ = [
     "BlockFormat",
     "Cast",
     "FloatFormat",
+    "Packed",
     "Policy",
     "Rounding",
     "decode",
     "encode",
     "format",
+    "load_packed",
     "optim",
     "quantize",
     "recipes",
     "report",
+    "save_packed",
     "unwrap",
     "wrap",
 ]

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowprec import eager, eager_statistics
+from lowprec import eager, eager_block, eager_statistics
 from lowprec.adapt import adapt as _adapt
-from lowprec.formats import SPECIALS, FloatFormat
+from lowprec.formats import RULES, SPECIALS, Block, BlockFormat, FloatFormat
 from lowprec.rounding import Rounding
 
 _CAST = "Tensor x, int[] format, int rounding, bool saturate, Tensor? seed, Tensor? offset, int random_bits"
+_BLOCKS = "Tensor x, int[] format, int dim, int rounding, bool saturate, Tensor? seed, Tensor? offset, int random_bits"
 _LIBRARY: Any = torch.library.Library("lowprec", "DEF")  # type: ignore[no-untyped-call]
 _MODES = tuple(Rounding)
 
@@ -30,6 +31,15 @@ def format_of(fields: tuple[int, ...]) -> FloatFormat:
     """The format whose `fields` an op was given."""
     ebits, mbits, bias, specials, subnormals = fields
     return FloatFormat(ebits, mbits, bias=bias, specials=SPECIALS[specials], subnormals=bool(subnormals))
+
+
+@lru_cache(maxsize=1024)
+def block_format_of(fields: tuple[int, ...]) -> BlockFormat:
+    """The block format whose `fields` an op was given."""
+    rows, columns, rule, tensor_scale = fields[5:9]
+    block: Block = (rows, columns) if rows else columns or "tensor"
+    scale = format_of(fields[9:]) if fields[9:] else "e8m0"
+    return BlockFormat(format_of(fields[:5]), block, scale=scale, rule=RULES[rule], tensor_scale=bool(tensor_scale))
 
 
 Kernel = Callable[..., Any]
@@ -46,19 +56,25 @@ def constant(function: AnyFunction) -> AnyFunction:
     return function
 
 
-def _define(schema: str, kernel: Kernel, fake: Kernel, *, batched: bool = True, tags: Any = ()) -> None:
-    """Register one op: its eager kernel on every device, its fake kernel and, if `batched`, its batching rule."""
+def _define(
+    schema: str, kernel: Kernel, fake: Kernel, *, batched: bool = True, rule: Kernel | None = None, tags: Any = ()
+) -> None:
+    """Register one op: its eager kernel on every device, its fake kernel and its batching rule.
+
+    The rule is that of elementwise ops, if `batched`, unless another is given.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowprec::{name}", fake, lib=_LIBRARY)
-    if batched:
+    if batched or rule:
         op = getattr(torch.ops.lowprec, name)
+        over = rule or batch
 
-        def rule(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-            return batch(op, info, dims, args)
+        def call(info: Any, dims: tuple[Any, ...], *args: Any) -> Any:
+            return over(op, info, dims, args)
 
-        torch.library.register_vmap(f"lowprec::{name}", rule, lib=_LIBRARY)
+        torch.library.register_vmap(f"lowprec::{name}", call, lib=_LIBRARY)
 
 
 def batch(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
@@ -74,6 +90,39 @@ def batch(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -
         return [arg.select(batched[i], n) if i in batched else arg for i, arg in enumerate(args)]
 
     return torch.stack([op(*sample(n)) for n in range(info.batch_size)]), 0
+
+
+def batch_block(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Batching rule of a cast to a block format: one call, where blocks and their scales stay within samples.
+
+    The index that random words go by is that of the batched tensor, its batch dimension first. Tensor scales, and seeds
+    or offsets that are batched themselves, take a call for each sample.
+    """
+    fields, dim = args[1:3]
+    fmt = block_format_of(tuple(fields))
+    if fmt.tensor_scale or not isinstance(dims[0], int) or any(isinstance(each, int) for each in dims[1:]):
+        return _each(op, info, dims, args)
+    x = args[0].movedim(dims[0], 0)
+    flat = eager_block.over_batch(info.batch_size, x.shape[1:], fmt, dim)
+    if x.numel() == 0:
+        return _each(op, info, dims, args)
+    result = op(x.reshape(flat.shape), flat.format.fields, flat.dim, *args[3:])
+    if isinstance(result, Tensor):
+        return result.reshape(x.shape), 0
+    codes, scales, _ = result
+    nothing = x.new_empty((info.batch_size, 0), dtype=torch.float32)
+    return (codes.reshape(x.shape), scales.reshape(flat.scales), nothing), (0, 0, 0)
+
+
+def _each(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Batching rule of any op: a call for each sample."""
+    results = [
+        op(*(arg.select(dim, n) if isinstance(dim, int) else arg for arg, dim in zip(args, dims, strict=True)))
+        for n in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
 def _eager(function: Kernel) -> Kernel:
@@ -93,6 +142,15 @@ def _into(kernel: Kernel) -> Kernel:
         args[-1].copy_(kernel(*args[:-1]))
 
     return write
+
+
+def _eager_block(function: Kernel) -> Kernel:
+    """As `_eager`, for a function of `eager_block`."""
+
+    def kernel(x: Tensor, format: list[int], dim: int, rounding: int, *args: Any) -> Any:
+        return function(x, block_format_of(tuple(format)), dim, _MODES[rounding], *args)
+
+    return kernel
 
 
 def _decode(codes: Tensor, format: list[int], dtype: torch.dtype) -> Tensor:
@@ -121,6 +179,25 @@ def _fake_codes(x: Tensor, format: list[int], *args: Any) -> Tensor:
 
 def _fake_decode(codes: Tensor, format: list[int], dtype: torch.dtype) -> Tensor:
     return torch.empty_like(codes, dtype=dtype)
+
+
+def _decode_block(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, format: list[int], dim: int, dtype: torch.dtype
+) -> Tensor:
+    return eager_block.decode(codes, scales, tensor_scale, block_format_of(tuple(format)), dim, dtype)
+
+
+def _fake_encode_block(x: Tensor, format: list[int], dim: int, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    fmt = block_format_of(tuple(format))
+    scales = x.new_empty(eager_block.tiling(x.shape, fmt, dim).scales, dtype=torch.uint8)
+    tensor_scale = x.new_empty(() if fmt.tensor_scale else (0,), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=eager.code_dtype(format)), scales, tensor_scale
+
+
+def _fake_decode_block(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, format: list[int], dim: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
 
 
 def _fake_seed() -> Tensor:
@@ -155,6 +232,32 @@ _define(
     batched=False,
 )
 torch.library.register_vmap("lowprec::adapt", _adapt_batched, lib=_LIBRARY)
+_define(f"quantize_block({_BLOCKS}) -> Tensor", _eager_block(eager_block.quantize), _fake_values, rule=batch_block)
+_define(
+    f"quantize_block_out({_BLOCKS}, Tensor(a!) out) -> ()",
+    _into(_eager_block(eager_block.quantize)),
+    _fake_none,
+    batched=False,
+)
+_define(
+    f"encode_block({_BLOCKS}) -> (Tensor, Tensor, Tensor)",
+    _eager_block(eager_block.encode),
+    _fake_encode_block,
+    rule=batch_block,
+)
+_define(
+    f"quantize_block_statistics({_BLOCKS}, Tensor(a!) stats, Tensor(b!)? codes) -> Tensor",
+    _eager_block(eager_block.quantize_statistics),
+    _fake_values,
+    batched=False,
+)
+_define(
+    "decode_block(Tensor codes, Tensor scales, Tensor? tensor_scale, int[] format, int dim, ScalarType dtype)"
+    " -> Tensor",
+    _decode_block,
+    _fake_decode_block,
+    rule=_each,
+)
 _define("draw_seed() -> Tensor", _draw_seed, _fake_seed, batched=False, tags=(torch.Tag.nondeterministic_seeded,))
 
 quantize = torch.ops.lowprec.quantize.default
@@ -165,6 +268,11 @@ encode_out = torch.ops.lowprec.encode_out.default
 decode = torch.ops.lowprec.decode.default
 decode_out = torch.ops.lowprec.decode_out.default
 adapt = torch.ops.lowprec.adapt.default
+quantize_block = torch.ops.lowprec.quantize_block.default
+quantize_block_out = torch.ops.lowprec.quantize_block_out.default
+quantize_block_statistics = torch.ops.lowprec.quantize_block_statistics.default
+encode_block = torch.ops.lowprec.encode_block.default
+decode_block = torch.ops.lowprec.decode_block.default
 draw_seed = torch.ops.lowprec.draw_seed.default
 
 # Gradients that torch has as operators alone.

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowprec import _ops
+from lowprec import _ops, block
+from lowprec.block import Packed
 from lowprec.eager import CONTAINERS, code_dtype
-from lowprec.formats import FloatFormat
+from lowprec.formats import BlockFormat, FloatFormat
 from lowprec.formats import float_format as lookup
+from lowprec.packing import pack_rows, row_bytes, unpack_rows
 from lowprec.rounding import Rounding
 
-FormatLike = FloatFormat | str | torch.dtype
+FormatLike = FloatFormat | BlockFormat | str | torch.dtype
 """What a format argument takes: a format, its string, or the torch dtype of that format."""
 
 RANDOM_BITS = (32, 16, 8)
@@ -32,6 +34,7 @@ def quantize(
     offset: int | Tensor = 0,
     generator: torch.Generator | None = None,
     random_bits: int = 32,
+    dim: int = -1,
     out: Tensor | None = None,
 ) -> Tensor:
     """Round every element of a tensor to a value of a format, once, from its own dtype.
@@ -40,7 +43,8 @@ def quantize(
 
     Args:
         x: float64, float32, float16 or bfloat16, any shape, strides and device.
-        fmt: the format, its string or dtype. x's dtype must hold each of its finite values.
+        fmt: the format, its string or dtype. x's dtype must hold each of its finite values. In a block format each
+            block has a scale of its own, with which the dtype holds every element.
         rounding: a mode of `Rounding`.
         saturate: whether what rounds past the largest finite magnitude, infinities included, becomes that magnitude.
             If not, it becomes ±infinity (or, in directed modes, stays as IEEE 754 has it), NaN where the format has no
@@ -50,6 +54,7 @@ def quantize(
         offset: likewise.
         generator: draws the seed instead (not under `torch.compile`); with neither, torch's default CPU generator does.
         random_bits: random bits for each element: 32, 16 or 8.
+        dim: along which a block format's blocks lie; tiles lie over the last two dimensions whatever it is.
         out: where to write, of x's shape, dtype and device, any strides; neither differentiable nor vmappable.
 
     Returns:
@@ -59,11 +64,14 @@ def quantize(
         TypeError: for a tensor or an argument of a wrong type.
         ValueError: for an unknown format or mode, a dtype that cannot hold the format, or an unfit `out` or seed.
 
-    Source: docs/numerics.md, sections 1 to 3.
+    Source: docs/numerics.md, sections 1 to 4.
     """
     require_float("x", x)
-    fields = fields_of(fmt, x.dtype)
-    args = (fields, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
+    blocks = block.is_block(fmt)
+    call = block.call_of(str(fmt), x, dim) if blocks else (fields_of(fmt, x.dtype),)
+    args = (*call, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
+    if blocks:
+        return block.quantize(x, args) if out is None else _write(_ops.quantize_block_out, x, args, out, x.dtype)
     if out is not None:
         return _write(_ops.quantize_out, x, args, out, x.dtype)
     return apply(x, *args)
@@ -86,40 +94,57 @@ def encode(
     offset: int | Tensor = 0,
     generator: torch.Generator | None = None,
     random_bits: int = 32,
+    dim: int = -1,
+    pack: bool = False,
     out: Tensor | None = None,
-) -> Tensor:
+) -> Any:
     """Round every element of a tensor to a format and return its code: sign, exponent, mantissa from the top bit down.
 
     Arguments, rounding and overflow are those of `quantize`, but any dtype serves any format. NaN keeps its sign and
     becomes the quiet NaN in `ieee`, all ones in `fn`, the one NaN of `fnuz` and `p3109`, and the largest positive code
-    in a `finite` format, which has none. Not differentiable.
+    in a `finite` format, which has none. Not differentiable. `pack` stores codes of fewer than 8 bits densely, low bits
+    first, each row (the last dimension) beginning a byte.
 
     Returns:
         Codes in x's shape and strides: uint8 for formats up to 8 bits, uint16 up to 16, else uint32; `out` if given.
-        Codes of native formats view as torch's float8 types.
+        Codes of native formats view as torch's float8 types. With `pack`, uint8 of shape [..., ceil(n · bits / 8)].
+        For a block format a `Packed`: element codes and scales; a block that holds a NaN has the scale NaN.
 
     Raises:
         TypeError, ValueError: as `quantize`.
     """
     require_float("x", x)
-    fields = fields_of(fmt)
-    args = (fields, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
+    blocks = block.is_block(fmt)
+    if out is not None and (pack or blocks):
+        raise ValueError("out= takes the plain codes of a float format: not packed ones, and not those of blocks")
+    call = block.code_call_of(str(fmt), x, dim) if blocks else (fields_of(fmt),)
+    args = (*call, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
+    if blocks:
+        return block.encode(x.detach(), str(fmt), args, pack)
+    fields = call[0]
     if out is not None:
         return _write(_ops.encode_out, x, args, out, code_dtype(fields))
     codes: Tensor = _ops.encode(x.detach(), *args)
-    return codes
+    bits = 1 + fields[0] + fields[1]
+    return pack_rows(codes, bits) if pack and bits < 8 else codes
 
 
 def decode(
-    codes: Tensor, fmt: FormatLike | None = None, *, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+    codes: Tensor | Packed,
+    fmt: FormatLike | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    size: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The values of codes, exactly.
+    """The values of codes, exactly; of a `Packed`, each code times its scales, rounded once (to nearest even).
 
     Args:
         codes: as `encode` returns them; or a tensor of one of torch's float8 dtypes, which then is the default format.
             Bits above the format's width are ignored.
-        fmt: the format, its string or dtype.
-        dtype: float64, float32, float16 or bfloat16; it must hold every finite value of the format.
+        fmt: the format, its string or dtype; a `Packed` names its own.
+        dtype: float64, float32, float16 or bfloat16; it must hold every finite value of a float format.
+        size: of the last dimension, where `encode` stored codes densely.
         out: where to write, of the codes' shape and device and of `dtype`, any strides.
 
     Returns:
@@ -130,16 +155,43 @@ def decode(
         TypeError: for codes of another integer type than `encode` gives, or a dtype that is not one of the four.
         ValueError: for an unknown format, a dtype that cannot hold it, an unfit `out`, or no format at all.
     """
-    codes, fmt = _codes_and_format(codes, fmt)
     if dtype not in CONTAINERS:
         raise TypeError(f"dtype must be one of {_names(CONTAINERS)}, got {dtype}")
+    if isinstance(codes, Packed):
+        return _decode_packed(codes, fmt, dtype, size, out)
+    codes, fmt = _codes_and_format(codes, fmt)
     fields = fields_of(fmt, dtype)
+    if size is not None:
+        codes = _loosen(codes, fields, size)
     if codes.dtype != code_dtype(fields):
         raise TypeError(f"codes of {fmt} are {code_dtype(fields)}, got {codes.dtype}")
     if out is not None:
         return _write(_ops.decode_out, codes, (fields,), out, dtype)
     values: Tensor = _ops.decode(codes, fields, dtype)
     return values
+
+
+def _decode_packed(
+    packed: Packed, fmt: FormatLike | None, dtype: torch.dtype, size: int | None, out: Tensor | None
+) -> Tensor:
+    if fmt is not None and (not block.is_block(fmt) or not block.same(str(fmt), str(packed.format))):
+        raise ValueError(f"fmt must be left out, or be that of the packed codes, {packed.format}; got {fmt}")
+    if size is not None or out is not None:
+        raise ValueError("size= and out= are for the codes of float formats: packed codes know their size")
+    return block.decode(packed, dtype)
+
+
+def _loosen(dense: Tensor, fields: list[int], size: int) -> Tensor:
+    """Codes that were stored densely, one to a byte."""
+    bits = 1 + fields[0] + fields[1]
+    if bits >= 8:
+        raise ValueError(f"size is for codes of fewer than 8 bits, which can be stored densely; these have {bits}")
+    if dense.dtype != torch.uint8 or dense.dim() == 0 or dense.shape[-1] != row_bytes(size, bits):
+        raise ValueError(
+            f"codes of {size} elements a row must be uint8 with {row_bytes(size, bits)} bytes in the last dimension, "
+            f"got {dense.dtype} of shape {tuple(dense.shape)}"
+        )
+    return unpack_rows(dense, bits, size)
 
 
 class Quantize(torch.autograd.Function):
@@ -198,7 +250,7 @@ class DualQuantize(QuickApply, Quantize):
 
 def fields_of(fmt: FormatLike, dtype: torch.dtype | None = None) -> list[int]:
     """The integers of a format that a dtype, if given, must hold."""
-    spec = str(fmt) if isinstance(fmt, FloatFormat) else fmt
+    spec = str(fmt) if isinstance(fmt, (FloatFormat, BlockFormat)) else fmt
     return [int(field) for field in _describe(spec, dtype).split()]
 
 

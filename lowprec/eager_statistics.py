@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowprec.eager import CONTAINERS, full_codes, quantize_parts, random_words, unpack
+from lowprec.eager import CONTAINERS, Rounded, Unpacked, full_codes, quantize_parts, random_words, unpack
 from lowprec.formats import FloatFormat
 from lowprec.rounding import Rounding
 
@@ -42,8 +42,23 @@ def quantize_statistics(
     """`eager.quantize`, which also adds to float64 `stats` (`FIELDS`) and counts result codes in int64 `codes`."""
     word = random_words(x, seed, offset, random_bits) if rounding is Rounding.stochastic else None
     values, parts, rounded = quantize_parts(x, fmt, rounding, saturate, word, random_bits, shift)
+    gather(x, values, parts, rounded, fmt, rounding, stats, codes)
+    return values
+
+
+def gather(
+    x: Tensor,
+    values: Tensor,
+    parts: Unpacked,
+    rounded: Rounded,
+    fmt: FloatFormat,
+    rounding: Rounding,
+    stats: Tensor,
+    codes: Tensor | None,
+) -> None:
+    """Add what a cast of x gave to its statistics."""
     if x.numel() == 0:
-        return values
+        return
     regular = ~(parts.nan | parts.infinite)
     saturated = rounded.overflow & ~parts.nan
     flushed = regular & (parts.significand != 0) & (rounded.code == 0)
@@ -57,7 +72,6 @@ def quantize_statistics(
     if codes is not None:
         found = full_codes(parts, rounded, fmt).reshape(-1)
         codes.scatter_add_(0, found, torch.ones_like(found))
-    return values
 
 
 def sums(x: Tensor) -> Tensor:

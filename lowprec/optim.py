@@ -22,7 +22,7 @@ from torch import Tensor
 from lowprec import _ops
 from lowprec.cast import RANDOM_BITS, FormatLike, fields_of
 from lowprec.eager import CONTAINERS
-from lowprec.formats import FloatFormat
+from lowprec.formats import FloatFormat, float_format
 from lowprec.formats import format as lookup
 from lowprec.rounding import Rounding
 
@@ -439,7 +439,7 @@ def _is_own(fmt: str, dtype: torch.dtype) -> bool:
 
 @lru_cache(maxsize=256)
 def _is_ieee(fmt: str) -> bool:
-    return lookup(fmt).specials == "ieee"
+    return float_format(fmt).specials == "ieee"
 
 
 # Rounding, and where its random words come from.

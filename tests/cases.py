@@ -85,6 +85,39 @@ def _adaptations(device: torch.device) -> list[Arguments]:
     ]
 
 
+def _block_casts(
+    extra: Callable[[Tensor, list[int]], Arguments] = lambda x, fields: (),
+) -> Callable[[torch.device], list[Arguments]]:
+    """Blocks along every dimension, tiles, whole tensors and tensor scales, on several dtypes and layouts."""
+
+    def arguments(device: torch.device) -> list[Arguments]:
+        x = _numbers(device)
+        inputs = [x, x.double().transpose(0, 2), x.half()[:, ::2], x.bfloat16()[:0], x[0, 0, 0]]
+        formats = ["block[1-4-3]/3", "mxfp4:rule=ceil", "bfp8/2x3", "bfp6/tensor", "nvfp4", "mxint8"]
+        rows = []
+        for i, text in enumerate(formats):
+            fields = [int(field) for field in lookup(text).fields]
+            each = inputs[i % len(inputs)]
+            for dim, how in zip((0, -1, max(each.dim() - 2, 0)), _modes(device, "e4m3fn"), strict=True):
+                rows.append((each, fields, dim, *how[1:], *extra(each, fields)))
+        return rows
+
+    return arguments
+
+
+def _packed(device: torch.device) -> list[Arguments]:
+    """Codes, scales and tensor scales as `encode_block` gives them."""
+    rows = []
+    for text in ("mxfp6_e3m2", "bfp8/2x3", "nvfp4", "bfp6/tensor"):
+        fields = lookup(text).fields
+        codes, scales, second = torch.ops.lowprec.encode_block(
+            _numbers(device), fields, 1, Rounding.nearest_even.number, True, None, None, 32
+        )
+        second = second if fields[8] else None
+        rows += [(codes, scales, second, fields, 1, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    return rows
+
+
 CASES = [
     Case("adapt", _adaptations),
     Case("quantize", _casts()),
@@ -108,5 +141,18 @@ CASES = [
             for dtype in (torch.float64, torch.float16)
         ],
     ),
+    Case("quantize_block", _block_casts()),
+    Case("quantize_block_out", _block_casts(lambda x, fields: (torch.empty_like(x),))),
+    Case(
+        "quantize_block_statistics",
+        _block_casts(
+            lambda x, fields: (
+                torch.zeros(9, dtype=torch.float64, device=x.device),
+                torch.zeros(2 ** (1 + fields[0] + fields[1]), dtype=torch.int64, device=x.device),
+            )
+        ),
+    ),
+    Case("encode_block", _block_casts()),
+    Case("decode_block", _packed),
     Case("draw_seed", lambda device: [()], pure=False),
 ]

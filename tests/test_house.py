@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"formats", "rounding"},
     {"reference", "eager", "packing"},
-    {"eager_statistics"},
-    {"adapt"},
+    {"eager_statistics", "reference_block"},
+    {"adapt", "eager_block"},
     {"_ops", "testing"},
+    {"block"},
     {"cast", "recompute"},
     {"bias"},
     {"optim", "policy"},
