@@ -45,21 +45,27 @@ LOWPREC_INLINE double magnitude_of<Float64>(uint64_t bits) {
   return bit_cast<double>(bits >= least ? bits : 0);
 }
 
-/// A number as sums take it: zero where it is infinite or NaN.
+/// A finite number as float64, exactly.
 template <class C>
 LOWPREC_INLINE double number_of(typename C::Bits x) {
-  const auto magnitude = static_cast<typename C::Word>(x & (C::sign - 1));
-  const double value = magnitude_of<C>(magnitude < C::infinity ? magnitude : 0);
+#ifdef __CUDA_ARCH__
+  // Conversions of the device flush nothing.
+  if constexpr (C::fraction_bits == Float32::fraction_bits) return __uint_as_float(x);
+  if constexpr (C::fraction_bits == BFloat16::fraction_bits) return __uint_as_float(static_cast<uint32_t>(x) << 16);
+#endif
+  const double value = magnitude_of<C>(static_cast<typename C::Word>(x & (C::sign - 1)));
   return x & C::sign ? -value : value;
 }
 
-/// The four terms of a number and what it became.
+/// The four terms of a number and what it became: zero where the number is infinite or NaN, and no error where the
+/// result is.
 template <class C>
 LOWPREC_INLINE void terms_of(typename C::Bits x, typename C::Bits y, double (&terms)[kTerms]) {
-  const double before = number_of<C>(x);
-  const double after = number_of<C>(y);
-  const bool finite = ((x & (C::sign - 1)) < C::infinity) & ((y & (C::sign - 1)) < C::infinity);
-  const double error = finite ? after - before : 0.0;
+  const bool finite = (x & (C::sign - 1)) < C::infinity;
+  const bool both = finite & ((y & (C::sign - 1)) < C::infinity);
+  const typename C::Bits counted = finite ? x : 0;
+  const double before = number_of<C>(counted);
+  const double error = number_of<C>(both ? y : counted) - before;
   terms[kAbsolute] = before < 0 ? -before : before;
   terms[kTotal] = before;
   terms[kSquares] = before * before;
@@ -75,5 +81,46 @@ template <>
 LOWPREC_INLINE uint64_t amax_bits<Float64>(uint64_t magnitude) {
   return magnitude;
 }
+
+#ifdef __CUDACC__
+
+/// The four lanes of one of a block's 256 threads, for several sums at once.
+template <int kSumsAtOnce>
+struct QuadSums {
+  double at[kSumsAtOnce][4] = {};
+};
+
+/// Add up the lanes of a block of 256 threads, of which thread t has lanes 4t .. 4t + 3. Thread k returns sum k.
+/// For every thread of the block; `shared` is at their disposal before and after.
+template <int kSumsAtOnce>
+__device__ double add_lanes(const QuadSums<kSumsAtOnce>& lanes, double (&shared)[kSumsAtOnce][8]) {
+  for (int k = 0; k < kSumsAtOnce; ++k) {
+    double sum = (lanes.at[k][0] + lanes.at[k][1]) + (lanes.at[k][2] + lanes.at[k][3]);
+    for (int apart = 1; apart < 32; apart *= 2) sum += __shfl_xor_sync(0xffffffff, sum, apart);
+    if (threadIdx.x % 32 == 0) shared[k][threadIdx.x / 32] = sum;
+  }
+  __syncthreads();
+  double total = 0;
+  if (threadIdx.x < kSumsAtOnce) {
+    const double* s = shared[threadIdx.x];
+    total = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+  }
+  __syncthreads();
+  return total;
+}
+
+/// Add up the sums of pages, [pages][sums], as a block of 256 threads does. Thread k returns sum k.
+template <int kSumsAtOnce>
+__device__ double add_pages(const double* pages, int64_t count, double (&shared)[kSumsAtOnce][8]) {
+  QuadSums<kSumsAtOnce> lanes;
+  for (int64_t begin = 4 * threadIdx.x; begin < count; begin += kLanes) {
+    for (int j = 0; j < 4 && begin + j < count; ++j) {
+      for (int k = 0; k < kSumsAtOnce; ++k) lanes.at[k][j] += pages[(begin + j) * kSumsAtOnce + k];
+    }
+  }
+  return add_lanes(lanes, shared);
+}
+
+#endif
 
 }  // namespace lowprec

@@ -40,7 +40,7 @@ class Coder {
   bool beyond;
 
   Coder() = default;
-  LOWPREC_INLINE Coder(const Format& format, bool saturate)
+  Coder(const Format& format, bool saturate)
       : max_code_(format.max_code()),
         overflow_(format.overflow_code(saturate)),
         nan_(format.nan_code()),

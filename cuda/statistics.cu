@@ -1,0 +1,270 @@
+// The cast that gathers statistics, on CUDA: a block takes a page at a time, each of its 256 threads four neighbouring
+// lanes. A second kernel of one block adds up the pages.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "lowprec/statistics_ops.h"
+
+namespace lowprec {
+namespace {
+
+constexpr int kThreads = kLanes / 4;
+constexpr int kBlocksAtOnce = 3;             // blocks that a multiprocessor is to hold at once
+constexpr int kBlocksPerMultiprocessor = 8;  // of the grid
+constexpr int kCopies = 32;                  // of a histogram: one for each thread of a warp, in a bank of its own
+constexpr int64_t kNarrow = 256;             // bins that shared memory has room for
+constexpr uint32_t kEveryone = 0xffffffff;
+
+/// A 64-bit word that the kernel reads when it runs, where the tensor is on the device: a replayed graph sees its new
+/// value. From the CPU it is read at the launch.
+class DeviceWord {
+ public:
+  explicit DeviceWord(const Tensor& x, const MaybeTensor& word) {
+    if (!word) return;
+    STD_TORCH_CHECK(word->is_cpu() || word->device() == x.device(),
+                    "seed and offset must be on the CPU or on the device of x");
+    const auto* at = static_cast<const int64_t*>(word->const_data_ptr());
+    if (word->is_cuda()) {
+      pointer_ = at;
+    } else {
+      value_ = static_cast<uint64_t>(*at);
+    }
+  }
+
+  __device__ uint64_t read() const { return pointer_ ? static_cast<uint64_t>(*pointer_) : value_; }
+
+ private:
+  const int64_t* pointer_ = nullptr;
+  uint64_t value_ = 0;
+};
+
+struct DeviceDraws {
+  DeviceWord seed;
+  DeviceWord offset;
+  int bits;
+};
+
+/// Four elements, which move in accesses of up to 16 bytes.
+template <class T>
+struct alignas(std::min<size_t>(sizeof(T) * 4, 16)) Quad {
+  T at[4];
+};
+
+/// An array of `count` elements; `aligned` where quads may begin at every fourth one.
+template <class T>
+struct Array {
+  T* data;
+  int64_t count;
+  bool aligned;
+
+  Array(T* data, int64_t count)
+      : data(data), count(count), aligned(reinterpret_cast<uintptr_t>(data) % alignof(Quad<T>) == 0) {}
+
+  /// The quad at an index; zeros for what lies past the end.
+  __device__ Quad<std::remove_const_t<T>> load(int64_t index) const {
+    using Bits = std::remove_const_t<T>;
+    if (aligned && index + 4 <= count) return *reinterpret_cast<const Quad<Bits>*>(data + index);
+    Quad<Bits> quad{};
+    for (int j = 0; j < 4; ++j) {
+      if (index + j < count) quad.at[j] = data[index + j];
+    }
+    return quad;
+  }
+
+  __device__ void store(int64_t index, const Quad<T>& quad) const {
+    if (aligned && index + 4 <= count) {
+      *reinterpret_cast<Quad<T>*>(data + index) = quad;
+      return;
+    }
+    for (int j = 0; j < 4; ++j) {
+      if (index + j < count) data[index + j] = quad.at[j];
+    }
+  }
+};
+
+/// The counts of a thread.
+template <class C>
+struct Counts {
+  uint32_t saturated = 0;
+  uint32_t flushed = 0;
+  uint32_t nan = 0;
+  typename C::Word amax = 0;  // the bits of a magnitude
+
+  __device__ void add(typename C::Bits x, typename C::Bits y, bool beyond) {
+    const auto before = static_cast<typename C::Word>(x & (C::sign - 1));
+    const bool is_nan = before > C::infinity;
+    nan += is_nan;
+    saturated += beyond & !is_nan;
+    flushed += ((y & (C::sign - 1)) == 0) & (before != 0);
+    if (before < C::infinity && before > amax) amax = before;
+  }
+};
+
+/// Counts in one block's shared memory, then in the vector of statistics: integers, exact as float64, and a maximum, so
+/// the order of blocks does not matter.
+struct BlockCounts {
+  uint32_t counts[3];
+  unsigned long long amax;
+
+  __device__ void clear() {
+    if (threadIdx.x < 3) counts[threadIdx.x] = 0;
+    if (threadIdx.x == 3) amax = 0;
+  }
+
+  template <class C>
+  __device__ void add(const Counts<C>& own) {
+    const uint32_t warp[] = {__reduce_add_sync(kEveryone, own.saturated), __reduce_add_sync(kEveryone, own.flushed),
+                             __reduce_add_sync(kEveryone, own.nan)};
+    if (threadIdx.x % 32 == 0) {
+      for (int i = 0; i < 3; ++i) atomicAdd(&counts[i], warp[i]);
+    }
+    atomicMax(&amax, static_cast<unsigned long long>(amax_bits<C>(own.amax)));
+  }
+
+  __device__ void add_to(double* stats) const {
+    if (threadIdx.x < 3 && counts[threadIdx.x]) atomicAdd(&stats[kSaturated + threadIdx.x], counts[threadIdx.x]);
+    if (threadIdx.x == 3) atomicMax(reinterpret_cast<unsigned long long*>(&stats[kAmax]), amax);
+  }
+};
+
+/// A block's histogram: in shared memory up to kNarrow bins, else where it is wanted.
+class Histogram {
+ public:
+  __device__ Histogram(int64_t* codes, int64_t bins, uint32_t* shared)
+      : codes_(reinterpret_cast<unsigned long long*>(codes)), bins_(static_cast<int>(bins)), shared_(shared) {}
+
+  __device__ void clear() const {
+    if (!copied()) return;
+    for (int i = threadIdx.x; i < bins_ * kCopies; i += kThreads) shared_[i] = 0;
+  }
+
+  __device__ bool wanted() const { return codes_ != nullptr; }
+
+  __device__ void add(uint32_t code) const {
+    if (bins_ <= kNarrow) {
+      atomicAdd(&shared_[code * kCopies + threadIdx.x % kCopies], 1u);
+    } else {
+      atomicAdd(&codes_[code], 1ull);
+    }
+  }
+
+  __device__ void finish() const {
+    if (!copied()) return;
+    for (int bin = threadIdx.x; bin < bins_; bin += kThreads) {
+      uint32_t sum = 0;
+      for (int i = 0; i < kCopies; ++i) sum += shared_[bin * kCopies + (bin + i) % kCopies];
+      if (sum) atomicAdd(&codes_[bin], static_cast<unsigned long long>(sum));
+    }
+  }
+
+ private:
+  __device__ bool copied() const { return wanted() && bins_ <= kNarrow; }
+
+  unsigned long long* codes_;
+  int bins_;
+  uint32_t* shared_;
+};
+
+/// Quads that a thread loads before it works on the first: what keeps the memory busy meanwhile.
+template <class C>
+constexpr int kQuadsAtOnce = sizeof(typename C::Bits) == 8 ? 2 : 4;
+
+template <class C, class Mode>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    page_kernel(const Quantize<C, Mode> op, Coder<C, Mode> coder, const Array<const typename C::Bits> x,
+                const Array<typename C::Bits> out, const DeviceDraws draws, double* pages, double* stats,
+                int64_t* codes, int64_t bins) {
+  extern __shared__ uint32_t copies[];
+  __shared__ double sums[kTerms][8];
+  __shared__ BlockCounts block_counts;
+  const Histogram histogram(codes, bins, copies);
+  histogram.clear();
+  block_counts.clear();
+  __syncthreads();
+  const uint64_t seed = Mode::random ? draws.seed.read() : 0;
+  const uint64_t offset = Mode::random ? draws.offset.read() : 0;
+  Counts<C> counts;
+
+  for (int64_t begin = blockIdx.x * kPage; begin < x.count; begin += gridDim.x * kPage) {
+    QuadSums<kTerms> lanes;
+#pragma unroll 1
+    for (int row = 0; row < kRows; row += kQuadsAtOnce<C>) {
+      const int64_t first = begin + row * kLanes + 4 * threadIdx.x;
+      Quad<typename C::Bits> quads[kQuadsAtOnce<C>];
+#pragma unroll
+      for (int i = 0; i < kQuadsAtOnce<C>; ++i) quads[i] = x.load(first + i * kLanes);
+#pragma unroll
+      for (int i = 0; i < kQuadsAtOnce<C>; ++i) {
+        const int64_t index = first + i * kLanes;
+        if (index >= x.count) break;
+        const Words words = Mode::random ? draw_four(draws.bits, seed, offset, index) : Words{};
+        Quad<typename C::Bits> results;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const auto from = quads[i].at[j];
+          const auto to = op(from, words.word[j], coder);
+          results.at[j] = to;
+          counts.add(from, to, coder.beyond);
+          if (histogram.wanted()) histogram.add(coder.code_of(from));
+          double terms[kTerms];
+          terms_of<C>(from, to, terms);
+#pragma unroll
+          for (int term = 0; term < kTerms; ++term) lanes.at[term][j] += terms[term];
+        }
+        out.store(index, results);
+      }
+    }
+    const double total = add_lanes(lanes, sums);
+    if (threadIdx.x < kTerms) pages[begin / kPage * kTerms + threadIdx.x] = total;
+  }
+  block_counts.add(counts);
+  __syncthreads();
+  block_counts.add_to(stats);
+  histogram.finish();
+}
+
+/// Add the pages to the vector. The last quad may have been filled up with zeros, whose code is zero.
+__global__ void __launch_bounds__(kThreads)
+    total_kernel(const double* pages, int64_t count, double* stats, int64_t* codes) {
+  __shared__ double sums[kTerms][8];
+  const double total = add_pages<kTerms>(pages, pages_of(count), sums);
+  if (threadIdx.x < kTerms) stats[kSums + threadIdx.x] += total;
+  if (threadIdx.x == 0) {
+    stats[kElements] += static_cast<double>(count);
+    if (codes) codes[0] -= (4 - count % 4) % 4;
+  }
+}
+
+int grid_size(int64_t pages, int device) {
+  int multiprocessors = 0;
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return static_cast<int>(std::min<int64_t>(pages, multiprocessors * kBlocksPerMultiprocessor));
+}
+
+struct Cuda {
+  template <class C, class Mode>
+  static void run(const Quantize<C, Mode>& op, const Coder<C, Mode>& coder, const Tensor& x, const Tensor& out,
+                  const Source& source, const Gathered& to) {
+    using Bits = typename C::Bits;
+    const DeviceGuard guard(x.get_device_index());
+    const DeviceDraws draws{DeviceWord(x, source.seed), DeviceWord(x, source.offset), source.bits};
+    elementwise(x, out, Mode::random, [&](const void* from, void* into, int64_t count) {
+      const cudaStream_t stream = current_stream(x);
+      const Tensor scratch = torch::stable::new_empty(x, {pages_of(count) * kTerms}, ScalarType::Double);
+      auto* pages = static_cast<double*>(scratch.mutable_data_ptr());
+      const size_t shared = to.codes && to.bins <= kNarrow ? to.bins * kCopies * sizeof(uint32_t) : 0;
+      page_kernel<C, Mode><<<grid_size(pages_of(count), x.get_device_index()), kThreads, shared, stream>>>(
+          op, coder, Array<const Bits>(static_cast<const Bits*>(from), count),
+          Array<Bits>(static_cast<Bits*>(into), count), draws, pages, to.stats, to.codes, to.bins);
+      check_cuda(cudaGetLastError());
+      total_kernel<<<1, kThreads, 0, stream>>>(pages, count, to.stats, to.codes);
+      check_cuda(cudaGetLastError());
+    });
+  }
+};
+
+STABLE_TORCH_LIBRARY_IMPL(lowprec, CUDA, library) { register_statistics<Cuda>(library); }
+
+}  // namespace
+}  // namespace lowprec
