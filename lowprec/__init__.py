@@ -4,7 +4,7 @@ How few bits does a model need, and where? Custom float formats with the same bi
 for any model. This page is the public API.
 """
 
-from lowprec import optim
+from lowprec import fused, optim
 from lowprec.bias import Cast
 from lowprec.block import Packed, load_packed, save_packed
 from lowprec.cast import decode, encode, quantize
@@ -26,6 +26,7 @@ __all__ = [
     "decode",
     "encode",
     "format",
+    "fused",
     "load_packed",
     "optim",
     "quantize",

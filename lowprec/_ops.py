@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowprec import eager, eager_block, eager_statistics
+from lowprec import eager, eager_block, eager_fused, eager_statistics
 from lowprec.adapt import adapt as _adapt
 from lowprec.formats import RULES, SPECIALS, Block, BlockFormat, FloatFormat
 from lowprec.rounding import Rounding
@@ -161,6 +161,17 @@ def _decode_out(codes: Tensor, format: list[int], out: Tensor) -> None:
     out.copy_(_decode(codes, format, out.dtype))
 
 
+def _activate(x: Tensor, format: list[int], rounding: int, *args: Any) -> Tensor:
+    *cast, activation, scale, bias, dim, codes = args
+    name = eager_fused.ACTIVATIONS[activation]
+    return _eager(eager_fused.activate)(x, format, rounding, *cast, name, scale, bias, dim, codes)
+
+
+def _accumulate(y: Tensor, x: Tensor, format: list[int], x_format: list[int], rounding: int, *args: Any) -> None:
+    fmt, x_fmt = (format_of(tuple(fields)) if fields else None for fields in (format, x_format))
+    eager_fused.accumulate_(y, x, fmt, x_fmt, _MODES[rounding], *args)
+
+
 def _draw_seed() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu").random_()
 
@@ -175,6 +186,10 @@ def _fake_values(x: Tensor, *args: Any) -> Tensor:
 
 def _fake_codes(x: Tensor, format: list[int], *args: Any) -> Tensor:
     return torch.empty_like(x, dtype=eager.code_dtype(format))
+
+
+def _fake_activate(x: Tensor, format: list[int], *args: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=eager.code_dtype(format) if args[-1] else x.dtype)
 
 
 def _fake_decode(codes: Tensor, format: list[int], dtype: torch.dtype) -> Tensor:
@@ -258,6 +273,25 @@ _define(
     _fake_decode_block,
     rule=_each,
 )
+_define(
+    f"cast_transpose({_CAST}, Tensor(a!)? rows, Tensor(b!)? columns) -> ()",
+    _eager(eager_fused.cast_transpose),
+    _fake_none,
+    batched=False,
+)
+_define(
+    f"activate({_CAST}, int activation, Tensor? scale, Tensor? bias, int dim, bool codes) -> Tensor",
+    _activate,
+    _fake_activate,
+    batched=False,
+)
+_define(
+    "accumulate_(Tensor(a!) y, Tensor x, int[] format, int[] x_format, int rounding, bool saturate, Tensor? seed, "
+    "Tensor? offset, int random_bits) -> ()",
+    _accumulate,
+    _fake_none,
+    batched=False,
+)
 _define("draw_seed() -> Tensor", _draw_seed, _fake_seed, batched=False, tags=(torch.Tag.nondeterministic_seeded,))
 
 quantize = torch.ops.lowprec.quantize.default
@@ -273,6 +307,9 @@ quantize_block_out = torch.ops.lowprec.quantize_block_out.default
 quantize_block_statistics = torch.ops.lowprec.quantize_block_statistics.default
 encode_block = torch.ops.lowprec.encode_block.default
 decode_block = torch.ops.lowprec.decode_block.default
+cast_transpose = torch.ops.lowprec.cast_transpose.default
+activate = torch.ops.lowprec.activate.default
+accumulate_ = torch.ops.lowprec.accumulate_.default
 draw_seed = torch.ops.lowprec.draw_seed.default
 
 # Gradients that torch has as operators alone.

@@ -118,6 +118,46 @@ def _packed(device: torch.device) -> list[Arguments]:
     return rows
 
 
+def _both_layouts(device: torch.device) -> list[Arguments]:
+    """Every mode on several dtypes and layouts, with values, codes and nothing as either result."""
+    x = _numbers(device)
+    inputs = [x, x.double().transpose(0, 2), x.half()[:, ::2], x.bfloat16()[:0]]
+    kinds = [(torch.uint8, None), (None, torch.uint8), (torch.uint8, torch.uint8)]
+
+    def target(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return torch.empty(x.shape, dtype=dtype or x.dtype, device=device)
+
+    results = [(each, how, kind) for each in inputs for how, kind in zip(_modes(device, "e4m3fn"), kinds, strict=True)]
+    pairs = [(each, *how, target(each, kind[0]), target(each.mT, kind[1])) for each, how, kind in results]
+    alone = [(x, *how, None, target(x.mT, None)) for how in _modes(device, "e4m3fn")]
+    return pairs[:3] + alone + pairs[3:]
+
+
+def _activations(device: torch.device) -> list[Arguments]:
+    """Every activation and mode on several dtypes and layouts, with numbers and vectors as scale and bias."""
+    x = _numbers(device)
+    inputs = [x, x.double().transpose(0, 2), x.half()[:, ::2], x.bfloat16()[:0], x[0, 0, 0]]
+    ways = list(zip(_modes(device, "e4m3fn"), (False, True, False), strict=True))
+    vectors = [(None, None), (torch.tensor(2.0), None), (torch.tensor(0.5), torch.tensor(-1.0, dtype=torch.float64))]
+    rows = [(each, *how, 6 - i, *vectors[i % 3], -1, codes) for each in inputs for i, (how, codes) in enumerate(ways)]
+    vector = torch.linspace(-1, 2, 4, device=device)
+    return [*rows, *((x, *how, i, vector, vector.half(), 1, codes) for i, (how, codes) in enumerate(ways))]
+
+
+def _sums(device: torch.device) -> list[Arguments]:
+    """Sums of values and of codes in several dtypes and layouts, rounded to a format or to the dtype's own."""
+    x, codes = _numbers(device), _codes(device)
+    formats: list[list[int]] = [lookup("e4m3fn").fields, []]
+    ys = [x.clone(), x.half().transpose(0, 1), x.bfloat16()[:0], x.double()]
+    terms = [*((y, y.float() / 3, formats[1]) for y in ys), (x, codes, formats[0])]
+    return [
+        (y.clone(), term, formats[n % 2], of, *how[1:])
+        for n, how in enumerate(_modes(device, "e4m3fn"))
+        for y, term, of in terms
+        if y.dtype != torch.float64 or n != 1
+    ]
+
+
 CASES = [
     Case("adapt", _adaptations),
     Case("quantize", _casts()),
@@ -154,5 +194,8 @@ CASES = [
     ),
     Case("encode_block", _block_casts()),
     Case("decode_block", _packed),
+    Case("cast_transpose", _both_layouts),
+    Case("activate", _activations),
+    Case("accumulate_", _sums),
     Case("draw_seed", lambda device: [()], pure=False),
 ]

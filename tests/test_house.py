@@ -23,11 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"formats", "rounding"},
     {"reference", "eager", "packing"},
-    {"eager_statistics", "reference_block"},
+    {"eager_fused", "eager_statistics", "reference_block"},
     {"adapt", "eager_block"},
     {"_ops", "testing"},
     {"block"},
     {"cast", "recompute"},
+    {"fused"},
     {"bias"},
     {"optim", "policy"},
     {"roles"},
