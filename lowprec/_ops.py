@@ -164,7 +164,8 @@ def _decode_out(codes: Tensor, format: list[int], out: Tensor) -> None:
 def _activate(x: Tensor, format: list[int], rounding: int, *args: Any) -> Tensor:
     *cast, activation, scale, bias, dim, codes = args
     name = eager_fused.ACTIVATIONS[activation]
-    return _eager(eager_fused.activate)(x, format, rounding, *cast, name, scale, bias, dim, codes)
+    result: Tensor = _eager(eager_fused.activate)(x, format, rounding, *cast, name, scale, bias, dim, codes)
+    return result
 
 
 def _accumulate(y: Tensor, x: Tensor, format: list[int], x_format: list[int], rounding: int, *args: Any) -> None:
