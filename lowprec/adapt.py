@@ -70,7 +70,7 @@ def adapt(
     Returns:
         int64 [3]: calls before this one, shift, seed.
     """
-    used = state[[CALLS, SHIFT, SEED]]
+    used = state[:3].clone()
     state[CALLS] += 1
     if not kind or x.numel() == 0:
         return used

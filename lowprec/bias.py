@@ -17,6 +17,8 @@ from lowprec.eager import shift_range
 from lowprec.formats import BlockFormat, FloatFormat, float_format, format
 from lowprec.rounding import Rounding
 
+_STOCHASTIC = Rounding.stochastic.number
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -59,7 +61,7 @@ class Rule:
             raise ValueError(f"stdv must be finite and not negative, got {self.stdv!r}")
 
     @staticmethod
-    def of(value: FormatLike | Cast) -> Rule:
+    def of(value: FormatLike | BlockFormat | Cast) -> Rule:
         """The rule of a cast; of a format it is to round to nearest even, `ieee` formats overflowing to infinity."""
         return value.rule if isinstance(value, Cast) else _plain(format(value))
 
@@ -76,7 +78,12 @@ class Rule:
     @property
     def has_state(self) -> bool:
         """Whether a call differs from the one before it: by its bias, or by its random bits."""
-        return self.is_measured or self.rounding is Rounding.stochastic
+        return self.is_measured or self.draws
+
+    @property
+    def draws(self) -> bool:
+        """Whether rounding is stochastic."""
+        return self.rounding is Rounding.stochastic
 
     @property
     def width(self) -> int:
@@ -95,8 +102,10 @@ class Rule:
     def __str__(self) -> str:
         if self == _plain(self.fmt):
             return str(self.fmt)
-        named = {"saturate": self.saturate} | self.options()
-        return f"{self.fmt} | " + ", ".join(f"{name}={value}" for name, value in named.items())
+        plain = _plain(self.fmt)
+        given = {f.name: getattr(self, f.name) for f in fields(self)[1:]}
+        options = [f"{name}={value}" for name, value in given.items() if value != getattr(plain, name)]
+        return f"{self.fmt} | " + ", ".join(options)
 
 
 def _plain(fmt: FloatFormat | BlockFormat) -> Rule:
@@ -108,16 +117,26 @@ def _parse(text: str) -> Rule:
     name, _, options = text.partition(" | ")
     given = dict(option.split("=") for option in options.split(", ") if option)
     rule = _plain(format(name))
-    return Rule(rule.fmt, **({"saturate": rule.saturate} | {key: _READ[key](value) for key, value in given.items()}))
+    return Rule(rule.fmt, **({"saturate": rule.saturate} | {key: _VALUES[key](value) for key, value in given.items()}))
 
 
-_READ: dict[str, Any] = {
+_VALUES: dict[str, Any] = {
     "rounding": Rounding,
     "saturate": "True".__eq__,
     "bias": str,
     "stdv": float,
     **dict.fromkeys(("frequency", "pad", "history", "seed", "random_bits", "dim"), int),
 }
+
+
+def plain_format(text: str | None) -> FloatFormat | None:
+    """The float format that is all a rule says, None for None; ValueError for any other rule."""
+    if text is None:
+        return None
+    rule = _parse(text)
+    if isinstance(rule.fmt, BlockFormat) or rule != _plain(rule.fmt):
+        raise ValueError(f"this layer rounds by hand, to float formats as they are: it cannot take {text!r}")
+    return rule.fmt
 
 
 def _require_int(name: str, value: object, least: int | None) -> None:
@@ -128,7 +147,7 @@ def _require_int(name: str, value: object, least: int | None) -> None:
 
 
 class How(NamedTuple):
-    """A rule as the ops take it: the arguments of `quantize`, then those of `adapt`."""
+    """A rule as the ops take it: arguments of `quantize`, arguments of `adapt`, and which shifts the dtype holds."""
 
     fields: list[int]
     rounding: int
@@ -139,6 +158,8 @@ class How(NamedTuple):
     pad: int
     frequency: int
     history: int
+    least: int
+    most: int
     stdv: float | None
 
 
@@ -148,26 +169,35 @@ def how_of(rule: str, dtype: torch.dtype) -> How:
     Raises:
         ValueError: where the dtype cannot hold the format; with a measured bias, whatever that is.
     """
-    *numbers, stdv = _describe(rule, dtype).split()
-    rounding, saturate, random_bits, kind, emax, pad, frequency, history, *fields = map(int, numbers)
+    return _read(_describe(rule, dtype)) if torch.compiler.is_compiling() else _how(rule, dtype)
+
+
+@lru_cache(maxsize=4096)
+def _how(rule: str, dtype: torch.dtype) -> How:
+    return _read(_described(rule, dtype))
+
+
+def _read(text: str) -> How:
+    *numbers, stdv = text.split()
+    rounding, saturate, random_bits, kind, emax, pad, frequency, history, least, most, *fields = map(int, numbers)
     m = None if stdv == "None" else float(stdv)
-    return How(fields, rounding, bool(saturate), random_bits, kind, emax, pad, frequency, history, m)
+    return How(fields, rounding, bool(saturate), random_bits, kind, emax, pad, frequency, history, least, most, m)
 
 
 @_ops.constant
-def _describe(text: str, dtype: torch.dtype) -> str:
-    return _described(text, dtype)
+def _describe(rule: str, dtype: torch.dtype) -> str:
+    return _described(rule, dtype)
 
 
 @lru_cache(maxsize=4096)
 def _described(text: str, dtype: torch.dtype) -> str:
+    """A rule's numbers as a string, which `torch.compile` takes as a constant."""
     rule, fmt = _parse(text), float_format(text.partition(" | ")[0])
-    if rule.is_measured:
-        shift_range(fmt, dtype)
-    else:
+    if not rule.is_measured:
         fields_of(fmt, dtype)
+    shifts = shift_range(fmt, dtype)
     numbers = [rule.rounding.number, int(rule.saturate), rule.random_bits, BIASES.index(rule.bias), fmt.emax]
-    return " ".join(map(str, [*numbers, rule.pad, rule.frequency, rule.past, *fmt.fields, rule.stdv]))
+    return " ".join(map(str, [*numbers, rule.pad, rule.frequency, rule.past, *shifts, *fmt.fields, rule.stdv]))
 
 
 def next_use(x: Tensor, how: How, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,6 +207,11 @@ def next_use(x: Tensor, how: How, state: Tensor) -> tuple[Tensor, Tensor, Tensor
     rest = (how.kind, how.emax, how.pad, how.stdv, how.frequency, how.history)
     calls, shift, seed = recompute.used(lambda: _ops.adapt(x, state, *rest)).unbind()
     return seed, calls, shift
+
+
+def draws_of(how: How, seed: Tensor, offset: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Seed and offset where the rounding mode draws, else None."""
+    return (seed, offset) if how.rounding == _STOCHASTIC else (None, None)
 
 
 class Cast(nn.Module):
@@ -233,7 +268,7 @@ class Cast(nn.Module):
         self._text = str(self.rule)
         if self.rule.has_state:
             recompute.install()
-            self.register_buffer("state", new_state([_first_seed(self.rule)], self.rule.past)[0])
+            self.register_buffer("state", new_state([first_seed(self.rule)], self.rule.past)[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Values in x's shape, dtype and strides."""
@@ -243,7 +278,7 @@ class Cast(nn.Module):
         require_float("x", x)
         how = how_of(self._text, x.dtype)
         seed, offset, shift = next_use(x.detach(), how, self.state)
-        draws = (seed, offset) if rule.rounding == "stochastic" else (None, None)
+        draws = draws_of(how, seed, offset)
         return apply(x, how.fields, how.rounding, how.saturate, *draws, how.random_bits, shift=shift)
 
     @property
@@ -267,8 +302,8 @@ def _plainly(value: object) -> str:
     return repr(str(value)) if isinstance(value, str) else repr(value)
 
 
-def _first_seed(rule: Rule) -> int:
+def first_seed(rule: Rule) -> int:
     """The seed of a cast as a signed 64-bit word; zero where nothing is drawn."""
-    if rule.rounding is not Rounding.stochastic:
+    if not rule.draws:
         return 0
     return int(_ops.draw_seed()) if rule.seed is None else (rule.seed + 2**63) % 2**64 - 2**63

@@ -8,15 +8,22 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from lowprec.bias import Cast, Rule, plain_format
 from lowprec.cast import FormatLike
-from lowprec.formats import FloatFormat, float_format
+from lowprec.formats import BlockFormat, FloatFormat, format
 
 ROLES = ("activation", "weight", "activation_grad", "weight_grad")
 """The four roles of a product y = a · b, in the order that counters know them by."""
 
+RoleLike = FormatLike | BlockFormat | Cast
+"""What a role takes: a format in any form, or a cast as the template of one for every tensor of that role."""
+
 
 class Formats(NamedTuple):
-    """The format of each role as its canonical string, None for full precision: what traced code may read."""
+    """The rule of each role as its string, which is the format's where that says all; None for full precision.
+
+    That is what traced code may read.
+    """
 
     activation: str | None
     weight: str | None
@@ -28,7 +35,8 @@ class Formats(NamedTuple):
 class Policy:
     """A format, or None for full precision, for each role of every product y = a · b (+ bias) in a model.
 
-    Frozen, hashable and picklable; equal by value, the order of `overrides` included.
+    In the place of a format, a `Cast` says more about how to round, and is a template: every tensor that takes the role
+    gets a state of its own. Frozen, hashable and picklable; equal by value, the order of `overrides` included.
 
     Args:
         activation: operands that are not learnt.
@@ -44,18 +52,18 @@ class Policy:
         TypeError: for arguments of a wrong type.
     """
 
-    activation: FloatFormat | None
-    weight: FloatFormat | None
-    activation_grad: FloatFormat | None
-    weight_grad: FloatFormat | None
+    activation: FloatFormat | BlockFormat | Cast | None
+    weight: FloatFormat | BlockFormat | Cast | None
+    activation_grad: FloatFormat | BlockFormat | Cast | None
+    weight_grad: FloatFormat | BlockFormat | Cast | None
     overrides: Mapping[str, Policy | None]
 
     def __init__(
         self,
-        activation: FormatLike | None = None,
-        weight: FormatLike | None = None,
-        activation_grad: FormatLike | None = None,
-        weight_grad: FormatLike | None = None,
+        activation: RoleLike | None = None,
+        weight: RoleLike | None = None,
+        activation_grad: RoleLike | None = None,
+        weight_grad: RoleLike | None = None,
         overrides: Mapping[str, Policy | str | None] = MappingProxyType({}),
     ) -> None:
         given = (activation, weight, activation_grad, weight_grad)
@@ -73,12 +81,21 @@ class Policy:
     @property
     def formats(self) -> Formats:
         """The four roles as strings."""
-        return Formats(*(None if value is None else str(value) for value in self._roles))
+        return Formats(*(None if value is None else str(Rule.of(value)) for value in self._roles))
+
+    @property
+    def float_formats(self) -> tuple[FloatFormat | None, ...]:
+        """The four roles for code that rounds by hand, to float formats and nearest even.
+
+        Raises:
+            ValueError: for a role that is a block format or a cast.
+        """
+        return tuple(plain_format(rule) for rule in self.formats)
 
     @property
     def is_empty(self) -> bool:
         """Whether every role is in full precision, overrides apart."""
-        return not any(self._roles)
+        return all(value is None for value in self._roles)
 
     def for_module(self, path: str) -> Policy | None:
         """The policy in force in the module at a path: the first override that covers it, else this one."""
@@ -90,11 +107,11 @@ class Policy:
         return next((pattern for pattern in self.overrides if matches(pattern, path)), None)
 
     @property
-    def _roles(self) -> tuple[FloatFormat | None, ...]:
+    def _roles(self) -> tuple[FloatFormat | BlockFormat | Cast | None, ...]:
         return self.activation, self.weight, self.activation_grad, self.weight_grad
 
     def _key(self) -> tuple[Any, ...]:
-        return *self._roles, *self.overrides.items()
+        return *self.formats, *self.overrides.items()
 
     def __eq__(self, other: object) -> bool:
         return self._key() == other._key() if isinstance(other, Policy) else NotImplemented
@@ -103,7 +120,8 @@ class Policy:
         return hash(self._key())
 
     def __repr__(self) -> str:
-        named = [f"{name}={str(value)!r}" for name, value in zip(ROLES, self._roles, strict=True) if value is not None]
+        given = {name: value for name, value in zip(ROLES, self._roles, strict=True) if value is not None}
+        named = [f"{name}={value if isinstance(value, Cast) else str(value)!r}" for name, value in given.items()]
         return f"Policy({', '.join([*named, *([f'overrides={dict(self.overrides)}'] if self.overrides else [])])})"
 
     def __reduce__(self) -> tuple[type[Policy], tuple[Any, ...]]:
@@ -133,9 +151,9 @@ def as_policy(name: str, value: object) -> Policy:
     return value
 
 
-def _role(name: str, value: FormatLike | None) -> FloatFormat | None:
+def _role(name: str, value: RoleLike | None) -> FloatFormat | BlockFormat | Cast | None:
     try:
-        return None if value is None else float_format(value)
+        return value if value is None or isinstance(value, Cast) else format(value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
 
@@ -157,7 +175,14 @@ recipes: Mapping[str, Policy] = MappingProxyType(
         "bf16": Policy("bf16", "bf16", "bf16", "bf16"),
         "fp8": Policy("1-4-3:emax=8", "1-4-3:emax=8", "1-5-2:emax=1", "1-5-2:emax=1"),
         "fp8-forward": Policy("1-4-3:emax=8", "1-4-3:emax=8"),
+        "fp8-sampled": Policy(
+            Cast("1-4-3:emax=8", bias="sampled"),
+            Cast("1-4-3:emax=8", bias="sampled"),
+            Cast("1-5-2:emax=1", bias="sampled"),
+            Cast("1-5-2:emax=1", bias="sampled"),
+        ),
     }
 )
 """Ready policies by name. "bf16": every role, overflowing to infinity. "fp8": 1-4-3 forward up to 2^8, 1-5-2 gradients
-up to 2^1, saturating. "fp8-forward": the same forward, with a backward pass in full precision."""
+up to 2^1, saturating. "fp8-forward": the same forward, with a backward pass in full precision. "fp8-sampled": as "fp8",
+every tensor's bias measured on the schedule of 2017."""

@@ -21,7 +21,7 @@ State = tuple[Tensor, ...]
 
 
 class Layer:
-    """One layer in one direction, its weights rounded once for all steps.
+    """One layer in one direction, its weights rounded once for all steps, its state by one cast for all of them.
 
     Args:
         roles: of the whole call.
@@ -33,6 +33,8 @@ class Layer:
         self.roles = roles
         self.w_ih, self.w_hh, *self.projection = [roles.weight(w) for w in weights]
         self.biases = [roles.learnt(b) for b in biases]
+        self.state, self.gates = roles.forward("activation"), roles.backward("activation_grad")
+        self.projected = (roles.forward("activation"), roles.backward("activation_grad")) if self.projection else None
 
     def inputs(self, x: Tensor) -> Tensor:
         """The product with rounded inputs, for all steps at once: [..., inputs] -> [..., gates]."""
@@ -40,7 +42,7 @@ class Layer:
 
     def hidden(self, h: Tensor) -> Tensor:
         """The product with the hidden state: [N, features] -> [N, gates]."""
-        return F.linear(self.roles.activation(h), self.w_hh)
+        return F.linear(self.roles.activation(h, self.state), self.w_hh)
 
     def step(self, x: Tensor, state: State) -> State:
         """The state after a step, from that step's `inputs` and the state before."""
@@ -52,11 +54,12 @@ class LSTM(Layer):
 
     def step(self, x: Tensor, state: State) -> State:
         h, c = state
-        i, f, g, o = self.roles.result(x + self.hidden(h)).chunk(4, -1)
+        i, f, g, o = self.roles.gradient(x + self.hidden(h), self.gates).chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
-        for w_hr in self.projection:
-            h = self.roles.result(F.linear(self.roles.activation(h), w_hr))
+        if self.projected is not None:
+            forward, backward = self.projected
+            h = self.roles.gradient(F.linear(self.roles.activation(h, forward), self.projection[0]), backward)
         return h, c
 
 
@@ -68,7 +71,7 @@ class GRU(Layer):
 
     def step(self, x: Tensor, state: State) -> State:
         (h,) = state
-        hidden = self.roles.result(_plus(self.hidden(h), self.biases[1:]))
+        hidden = self.roles.gradient(_plus(self.hidden(h), self.biases[1:]), self.gates)
         (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, -1), hidden.chunk(3, -1)
         z = (x_z + h_z).sigmoid()
         n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
@@ -79,14 +82,14 @@ class Tanh(Layer):
     """A plain recurrent layer."""
 
     def step(self, x: Tensor, state: State) -> State:
-        return (self.roles.result(x + self.hidden(state[0])).tanh(),)
+        return (self.roles.gradient(x + self.hidden(state[0]), self.gates).tanh(),)
 
 
 class Relu(Layer):
     """A plain recurrent layer with rectified units."""
 
     def step(self, x: Tensor, state: State) -> State:
-        return (self.roles.result(x + self.hidden(state[0])).relu(),)
+        return (self.roles.gradient(x + self.hidden(state[0]), self.gates).relu(),)
 
 
 def _plus(y: Tensor, biases: Sequence[Tensor]) -> Tensor:

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lowprec import recompute
+from lowprec.bias import Rule
 from lowprec.coverage import HANDLERS, KINDS, is_unfit, missed
-from lowprec.policy import Formats
+from lowprec.policy import ROLES, Formats
 from lowprec.products import tensors
-from lowprec.roles import CODES, STATS, Counters, Roles
+from lowprec.roles import CODES, STATS, Counters, Roles, States
+from lowprec.slots import Slots
 
 Function = Callable[..., Any]
 
@@ -31,14 +33,17 @@ class Region(TorchFunctionMode):
         formats: of each role.
         strict: whether an op that is not covered raises ValueError; otherwise it is remembered for the report.
         device: where to count at first; the counters follow the operands.
+        place: of the module in the model, by which the casts' random bits differ from those of other modules.
     """
 
-    def __init__(self, path: str, formats: Formats, strict: bool, device: torch.device) -> None:
+    def __init__(self, path: str, formats: Formats, strict: bool, device: torch.device, place: int = 0) -> None:
         super().__init__()
         self.path = path
         self.formats = formats
         self.strict = strict
         self.missed: tuple[str, ...] = ()
+        self.slots = tuple(_slots(rule, len(ROLES) * place + k, device) for k, rule in enumerate(formats))
+        self.has_state = any(slots is not None for slots in self.slots)
         with torch.inference_mode(False):
             self._keep(
                 torch.zeros(len(KINDS), dtype=torch.int64, device=device),
@@ -53,7 +58,7 @@ class Region(TorchFunctionMode):
         if func in HANDLERS:
             return self._product(func, args, kwargs)
         if func is torch.utils.checkpoint.checkpoint:  # only the compiler lets a mode see this one
-            return func(carried(args[0], self), *args[1:], **kwargs)
+            return func(_inside(self, args[0]), *args[1:], **kwargs)
         name = missed(func, args, kwargs)
         if name is not None:
             self.miss(name)
@@ -72,15 +77,30 @@ class Region(TorchFunctionMode):
 
     def _roles(self, kind: int, x: Tensor) -> Roles:
         """The roles of a product, and where to count it: on the device of its operands."""
+        states = self._states(x) if self.has_state and x.device.type != "meta" else None
         if x.device.type == "meta" or not _counting():
-            return Roles(self.formats)
+            return Roles(self.formats, states=states)
         if self.calls.device != x.device:
             with torch.inference_mode(False):
                 self._keep(self.calls.to(x.device), self.stats.to(x.device), self.codes.to(x.device))
         again = _recomputing()
         if not again:
             self.calls[kind].add_(1)
-        return Roles(self.formats, Counters(self.stats[kind], self.codes), again=again)
+        return Roles(self.formats, Counters(self.stats[kind], self.codes), again=again, states=states)
+
+    def _states(self, x: Tensor) -> States | None:
+        """Where a product's casts get their states; nowhere on fake tensors, which have no values to measure."""
+        if torch.compiler.is_compiling():
+            if torch.compiler._is_exporting_flag:
+                raise ValueError("casts that keep a state cannot be exported: unwrap the model, or wrap it statically")
+        elif torch._C._get_dispatch_mode(_FAKE) is not None:
+            return None
+
+        def take(role: int) -> Tensor | None:
+            slots = self.slots[role]
+            return None if slots is None else slots.take(x.device)
+
+        return take
 
     def note(self, name: str, x: Tensor) -> None:
         """Count a call of an op that reads the formats and rounds by itself, as the report names it."""
@@ -103,6 +123,11 @@ class Region(TorchFunctionMode):
             # What `torch._dynamo.mark_static_address` sets, without importing the compiler: a CUDA graph may write
             # here.
             counter._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+
+
+def _slots(rule: str | None, place: int, device: torch.device) -> Slots | None:
+    """The states of a role, if its rule needs any."""
+    return None if rule is None or not Rule.parse(rule).has_state else Slots(rule, place, device)
 
 
 def _counting() -> bool:
@@ -142,14 +167,47 @@ def _push(modes: list[Any]) -> None:
         torch._C._push_on_torch_function_stack(mode)
 
 
-def run_in(region: Region | None, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function in a region, or in full precision for None, whatever region is active outside."""
+Places = tuple[int, ...]
+"""How many states of each role a forward pass has taken."""
+
+START: Places = (0,) * len(ROLES)
+
+
+def _places(region: Region) -> Places:
+    return tuple(0 if slots is None else slots.taken for slots in region.slots)
+
+
+def _go_to(region: Region, places: Places) -> None:
+    for slots, taken in zip(region.slots, places, strict=True):
+        if slots is not None:
+            slots.taken = taken
+
+
+def run_in(
+    region: Region | None,
+    function: Function,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    places: Places | None = START,
+) -> Any:
+    """Call a function in a region, or in full precision for None, whatever region is active outside.
+
+    Its tensors take states from `places` on, after which the region is where it was; or, for None, as it stands.
+    """
     outer = take()
     try:
         if region is None:
             return function(*args, **kwargs)
-        with region:
-            return function(*args, **kwargs)
+        if places is None or not region.has_state:
+            with region:
+                return function(*args, **kwargs)
+        before = _places(region)
+        _go_to(region, places)
+        try:
+            with region:
+                return function(*args, **kwargs)
+        finally:
+            _go_to(region, before)
     finally:
         put_back(*outer)
 
@@ -157,20 +215,29 @@ def run_in(region: Region | None, function: Function, args: tuple[Any, ...], kwa
 # Activation checkpointing calls a function once more in the backward pass, when no region is active.
 
 
-def carried(function: Function, region: Region | None = None) -> Function:
-    """A function that takes a region, by default the active one, along to wherever it is called."""
-    if region is None:
-        region = active()
+def carried(function: Function) -> Function:
+    """A function that takes the active region along to wherever it is called, and what states come next there."""
+    region = active()
     if region is None:
         return function
+    places = _places(region)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return run_in(region, function, args, kwargs)
+        return run_in(region, function, args, kwargs, places)
 
     return run
 
 
 recompute.carriers.append(carried)
+
+
+def _inside(region: Region, function: Function) -> Function:
+    """A function that runs in a region, in compiled code, which is traced once for both passes."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return run_in(region, function, args, kwargs, None)
+
+    return run
 
 
 def active() -> Region | None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lowprec import recompute
+from lowprec import recompute, states
 from lowprec.entry import Entry, entry_of
 from lowprec.policy import Formats, Policy, and_above, as_policy, matches
 from lowprec.region import Region
@@ -48,12 +48,14 @@ def wrap(model: Model, policy: Policy | str, *, strict: bool = False) -> Model:
         Entry(module, region).install()
     if plan:
         recompute.install()
+        states.attach(model)
     return model
 
 
 def unwrap(model: Model) -> Model:
     """Take a model, or a part of one, out of its policy: it is then as it was before. The model is returned."""
     for module in model.modules():
+        states.detach(module)
         entry = entry_of(module)
         if entry is not None:
             entry.remove()
@@ -79,7 +81,7 @@ def _plan(model: nn.Module, policy: Policy, strict: bool) -> Iterator[tuple[nn.M
         if isinstance(module, torch.jit.ScriptModule):
             _note_script(path, regions)
         elif _has_forward(module) and formats is not None and computed.isdisjoint(and_above(path)):
-            regions[path] = Region(path, formats, strict, _device(module, model))
+            regions[path] = Region(path, formats, strict, _device(module, model), len(regions))
             yield module, regions[path]
         elif _has_forward(module) and any(_in_force(policy, above) for above in and_above(path)):
             yield module, None

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowprec._ops import layer_norm_back, sigmoid_back, tanh_back
+from lowprec.bias import plain_format
 from lowprec.cast import quantize
 from lowprec.formats import FloatFormat
-from lowprec.formats import float_format as lookup
 from lowprec.policy import Policy, as_policy
 from lowprec.region import Region, put_back, take
 from lowprec.sparse.rounding import caster
@@ -355,13 +355,15 @@ class Recurrent(nn.Module):
         return hs, h, c
 
     def _formats(self) -> Formats:
-        p = self.policy
-        return (p.activation, p.weight, p.activation_grad, p.weight_grad) if p else (None, None, None, None)
+        activation, weight, grad, weight_grad = self.policy.float_formats if self.policy else (None,) * 4
+        return activation, weight, grad, weight_grad
 
     def _formats_of(self, region: Region, x: Tensor) -> Formats:
         """Those of the policy that the layer was wrapped in, instead of its own."""
         region.note("lstm", x)
-        activation, weight, grad, weight_grad = (None if fmt is None else lookup(fmt) for fmt in region.formats)
+        activation, weight, grad, weight_grad = (
+            None if rule is None else plain_format(rule) for rule in region.formats
+        )
         formats = activation, weight, grad, weight_grad
         _require_container(self.container, formats)
         return formats

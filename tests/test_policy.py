@@ -23,7 +23,7 @@ def test_roles_are_formats() -> None:
 
 
 def test_recipes() -> None:
-    assert list(lp.recipes) == ["bf16", "fp8", "fp8-forward"]
+    assert list(lp.recipes) == ["bf16", "fp8", "fp8-forward", "fp8-sampled"]
     forward, gradient = lp.format("1-4-3:emax=8"), lp.format("1-5-2:emax=1")
     assert lp.Policy.recipe("bf16") == lp.Policy("bf16", "bf16", "bf16", "bf16")
     assert lp.Policy.recipe("fp8") == lp.Policy(forward, forward, gradient, gradient)
@@ -108,7 +108,11 @@ def test_the_first_pattern_wins_with_all_beneath_it() -> None:
         ({"overrides": [("a", None)]}, TypeError, "overrides must be a mapping from patterns to policies, got list"),
         ({"overrides": {3: None}}, TypeError, "a pattern of overrides must be a string, got 3"),
         ({"overrides": {"a": 8}}, TypeError, "overrides['a'] must be a Policy or the name of a recipe, got int"),
-        ({"overrides": {"a": "fp9"}}, ValueError, "recipe must be one of bf16, fp8, fp8-forward, got 'fp9'"),
+        (
+            {"overrides": {"a": "fp9"}},
+            ValueError,
+            "recipe must be one of bf16, fp8, fp8-forward, fp8-sampled, got 'fp9'",
+        ),
         ({"overrides": {"a": lp.Policy(overrides={"b": None})}}, ValueError, "overrides['a'] has overrides of its own"),
     ],
 )

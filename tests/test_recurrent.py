@@ -16,7 +16,7 @@ import lowprec as lp
 from lowprec import sparse
 from lowprec.eager import CONTAINERS
 from lowprec.policy import Policy
-from lowprec.roles import round_both
+from lowprec.roles import AS_IT_IS, Role, round_both
 from lowprec.sparse import recurrent
 from lowprec.sparse.rounding import caster, is_short, nearest_even
 
@@ -182,7 +182,7 @@ def autograd_mlstm(layer: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor,
     forward, weight, backward, weight_grad = layer.policy.formats
 
     def both(x: Tensor) -> Tensor:
-        return round_both(x, forward, None, backward, None)
+        return round_both(x, Role(forward), Role(backward))
 
     def linear(name: str, x: Tensor, w: Tensor) -> Tensor:
         shape = (*x.shape[:-1], *layer.get_parameter(f"bias_{name}").shape)
@@ -190,9 +190,9 @@ def autograd_mlstm(layer: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor,
         return both(normal * layer.get_parameter(f"gain_{name}") + layer.get_parameter(f"bias_{name}"))
 
     def operand(x: Tensor) -> Tensor:
-        return round_both(x, forward, None, None, None)
+        return round_both(x, Role(forward), AS_IT_IS)
 
-    w = {n: round_both(layer.get_parameter(f"weight_{n}"), weight, None, weight_grad, None) for n in layer.maps}
+    w = {n: round_both(layer.get_parameter(f"weight_{n}"), Role(weight), Role(weight_grad)) for n in layer.maps}
     hs, h = [], operand(h)
     ma = linear("input", operand(x), w["input"])
     for m, a in zip(ma[..., 0, :], ma[..., 1, :], strict=True):

@@ -80,7 +80,7 @@ def _offset(seed: int, length: int) -> int:
 
 def _container(policy: Policy | None, device: torch.device) -> torch.dtype | None:
     """bfloat16 on a GPU, for its rate, where it holds all that is stored; else float32."""
-    stored = (policy.activation, policy.weight, policy.activation_grad) if policy else (None,)
+    stored = policy.float_formats[:3] if policy else (None,)
     return torch.bfloat16 if device.type == "cuda" and all(map(_fits_bfloat16, stored)) else None
 
 
