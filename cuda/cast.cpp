@@ -38,7 +38,8 @@ LOWPREC_CLONES void cast_block(Op op, const typename Op::Input* x, typename Op::
 
 struct Cpu {
   template <class Op>
-  static void run(const Op& op, const Tensor& x, const Tensor& out, const Source& source) {
+  static void run(const Setting& setting, const Tensor& x, const Tensor& out, const Source& source) {
+    const Op op = setting.make<Op>();
     const Draws draws = Op::random ? Draws(source) : Draws();
     elementwise(x, out, Op::random, [&](const void* from, void* to, int64_t count) {
       const auto* input = static_cast<const typename Op::Input*>(from);

@@ -31,7 +31,7 @@ class Decode {
 
   Grid grid;
 
-  explicit Decode(const Format& format)
+  explicit LOWPREC_INLINE Decode(const Format& format)
       : grid(Grid::of(format, C{})),
         sign_code_(format.sign_code()),
         next_(format.has_infinity() ? C::infinity : C::quiet_nan),
@@ -82,7 +82,7 @@ class Quantize {
 
   Grid grid;
 
-  Quantize(const Format& format, bool saturate)
+  LOWPREC_INLINE Quantize(const Format& format, bool saturate)
       : grid(Grid::of(format, C{})), first_signed_(format.has_negative_zero() ? 0 : 1) {
     const Decode<uint32_t, C> decode(format);
     NoTally none;
@@ -137,7 +137,7 @@ class Encode {
 
   Grid grid;
 
-  Encode(const Format& format, bool saturate)
+  LOWPREC_INLINE Encode(const Format& format, bool saturate)
       : grid(Grid::of(format, C{})),
         lift_(max(-grid.normal_drop, 0)),
         overflow_(format.overflow_code(saturate)),
@@ -191,6 +191,22 @@ class Encode {
   uint32_t sign_;
   uint32_t nan_sign_;
   uint32_t first_signed_;  // the smallest magnitude code that can be negative
+};
+
+/// What makes an op: a format, how it overflows, and a shift of its exponents on a device, if there is one.
+struct Setting {
+  Format format;
+  bool saturate = true;
+  const int64_t* shift = nullptr;
+
+  template <class Op>
+  LOWPREC_INLINE Op make() const {
+    if constexpr (std::is_constructible_v<Op, Format, bool>) {
+      return Op(format, saturate);
+    } else {
+      return Op(format);
+    }
+  }
 };
 
 }  // namespace lowprec

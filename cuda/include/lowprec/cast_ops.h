@@ -33,11 +33,6 @@ inline ScalarType code_dtype(const Format& format) {
   return format.bits() <= 8 ? ScalarType::Byte : format.bits() <= 16 ? ScalarType::UInt16 : ScalarType::UInt32;
 }
 
-template <class C>
-void check_within(const Format& format, C container) {
-  STD_TORCH_CHECK(Grid::of(format, container).within, "the dtype cannot hold every finite value of the format");
-}
-
 inline void check_same_place(const Tensor& x, const Tensor& other) {
   STD_TORCH_CHECK(x.device() == other.device(), "expected tensors on one device");
 }
@@ -59,15 +54,37 @@ inline Place read_place(const Ints& place) {
   return {place[0], place[1], place[2]};
 }
 
-/// The format with its bias lowered by a shift, as far as the dtype holds its values.
+template <class C>
+void check_within(const Format& format, C container) {
+  STD_TORCH_CHECK(Grid::of(format, container).within, "the dtype cannot hold every finite value of the format");
+}
+
+/// With a shift on the device, that is for the kernel to see to; here, whether it can.
+template <class C>
+void check_within(const Setting& setting, C container) {
+  Format format = setting.format;
+  if (setting.shift) format.bias -= shift_within(format, container, 0);
+  check_within(format, container);
+}
+
+/// The format with its bias lowered by a shift on the CPU, as far as the dtype holds its values.
 inline Format shifted(Format format, const MaybeTensor& shift, ScalarType dtype) {
   if (!shift) return format;
   STD_TORCH_CHECK(shift->scalar_type() == ScalarType::Long && shift->numel() == 1,
                   "shift must be a 0-dim int64 tensor");
-  STD_TORCH_CHECK(shift->is_cpu(), "a shift on the device is not compiled yet");
+  STD_TORCH_CHECK(shift->is_cpu(), "shift must be on the CPU here");
   const int64_t by = *static_cast<const int64_t*>(shift->const_data_ptr());
   for_container(dtype, [&](auto container) { format.bias -= shift_within(format, container, by); });
   return format;
+}
+
+/// What makes the ops of x. A shift on its device is left to the kernel, which reads it when it runs.
+inline Setting setting_of(const Tensor& x, const Format& format, bool saturate, const MaybeTensor& shift) {
+  if (!shift || shift->is_cpu()) return {shifted(format, shift, x.scalar_type()), saturate};
+  STD_TORCH_CHECK(shift->scalar_type() == ScalarType::Long && shift->numel() == 1,
+                  "shift must be a 0-dim int64 tensor");
+  check_same_place(x, *shift);
+  return {format, saturate, static_cast<const int64_t*>(shift->const_data_ptr())};
 }
 
 /// What stochastic rounding draws from.
@@ -85,21 +102,21 @@ struct Source {
   }
 };
 
-/// The operators of lowprec/_ops.py. `Backend::run(op, x, out, source)` applies a cast to the elements of x.
+/// The operators of lowprec/_ops.py. `Backend::run<Op>(setting, x, out, source)` applies a cast to the elements of x.
 template <class Backend>
 struct CastOps {
   static Tensor quantize(const Tensor& x, const Ints& format, int64_t rounding, bool saturate, const MaybeTensor& seed,
                          const MaybeTensor& offset, int64_t random_bits, const MaybeTensor& shift, const Ints& place) {
     Tensor out = empty_like(x, x.scalar_type());
     const Source source(seed, offset, random_bits, read_place(place));
-    quantize_into(x, shifted(read_format(format), shift, x.scalar_type()), rounding, saturate, source, out);
+    quantize_into(x, setting_of(x, read_format(format), saturate, shift), rounding, source, out);
     return out;
   }
 
   static void quantize_out(const Tensor& x, const Ints& format, int64_t rounding, bool saturate,
                            const MaybeTensor& seed, const MaybeTensor& offset, int64_t random_bits, const Tensor& out) {
     check_out(x, out, x.scalar_type());
-    quantize_into(x, read_format(format), rounding, saturate, {seed, offset, random_bits}, out);
+    quantize_into(x, {read_format(format), saturate}, rounding, {seed, offset, random_bits}, out);
   }
 
   static Tensor encode(const Tensor& x, const Ints& format, int64_t rounding, bool saturate, const MaybeTensor& seed,
@@ -127,13 +144,12 @@ struct CastOps {
   }
 
  private:
-  static void quantize_into(const Tensor& x, const Format& format, int64_t rounding, bool saturate,
-                            const Source& source, const Tensor& out) {
+  static void quantize_into(const Tensor& x, const Setting& setting, int64_t rounding, const Source& source,
+                            const Tensor& out) {
     for_container(x.scalar_type(), [&](auto container) {
-      check_within(format, container);
+      check_within(setting, container);
       for_rounding(rounding, [&](auto mode) {
-        const Quantize<decltype(container), decltype(mode)> op(format, saturate);
-        Backend::run(op, x, out, source);
+        Backend::template run<Quantize<decltype(container), decltype(mode)>>(setting, x, out, source);
       });
     });
   }
@@ -143,8 +159,8 @@ struct CastOps {
     for_container(x.scalar_type(), [&](auto container) {
       for_code(code_dtype(format), [&](auto code) {
         for_rounding(rounding, [&](auto mode) {
-          const Encode<decltype(container), decltype(mode), decltype(code)> op(format, saturate);
-          Backend::run(op, x, out, source);
+          using Op = Encode<decltype(container), decltype(mode), decltype(code)>;
+          Backend::template run<Op>({format, saturate}, x, out, source);
         });
       });
     });
@@ -156,8 +172,7 @@ struct CastOps {
     for_container(out.scalar_type(), [&](auto container) {
       check_within(format, container);
       for_code(codes.scalar_type(), [&](auto code) {
-        const Decode<decltype(code), decltype(container)> op(format);
-        Backend::run(op, codes, out, {none, none, 32});
+        Backend::template run<Decode<decltype(code), decltype(container)>>({format}, codes, out, {none, none, 32});
       });
     });
   }

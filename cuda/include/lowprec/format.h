@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "lowprec/inline.h"
+
 namespace lowprec {
 
 /// Kinds of special values, in the order of Python's `SPECIALS`.
@@ -17,11 +19,11 @@ struct Format {
   bool subnormals;
 
   /// Width of a code in bits.
-  constexpr int bits() const { return 1 + ebits + mbits; }
+  LOWPREC_INLINE constexpr int bits() const { return 1 + ebits + mbits; }
   /// Exponent of the smallest normal value.
-  constexpr int emin() const { return 1 - bias; }
+  LOWPREC_INLINE constexpr int emin() const { return 1 - bias; }
   /// Exponent of the largest finite value.
-  constexpr int emax() const {
+  LOWPREC_INLINE constexpr int emax() const {
     const uint32_t code = max_code();
     const int field = static_cast<int>(code >> mbits);
     if (field > 0) return field - bias;
@@ -30,14 +32,18 @@ struct Format {
     return leading + 1 - mbits - bias;
   }
   /// The largest magnitude code, finite or not.
-  constexpr uint32_t top_code() const { return sign_code() - 1; }
+  LOWPREC_INLINE constexpr uint32_t top_code() const { return sign_code() - 1; }
   /// The code with only the sign bit set: -0, or the NaN of formats that have no -0.
-  constexpr uint32_t sign_code() const { return 1u << (ebits + mbits); }
-  constexpr bool has_infinity() const { return specials == Specials::ieee || specials == Specials::p3109; }
-  constexpr bool has_negative_zero() const { return specials != Specials::fnuz && specials != Specials::p3109; }
+  LOWPREC_INLINE constexpr uint32_t sign_code() const { return 1u << (ebits + mbits); }
+  LOWPREC_INLINE constexpr bool has_infinity() const {
+    return specials == Specials::ieee || specials == Specials::p3109;
+  }
+  LOWPREC_INLINE constexpr bool has_negative_zero() const {
+    return specials != Specials::fnuz && specials != Specials::p3109;
+  }
 
   /// The magnitude code of the largest finite value.
-  constexpr uint32_t max_code() const {
+  LOWPREC_INLINE constexpr uint32_t max_code() const {
     switch (specials) {
       case Specials::ieee:
         return top_code() - (1u << mbits);
@@ -51,12 +57,12 @@ struct Format {
 
   /// Where an overflow goes unless the cast saturates: infinity, or the NaN that stands in for it. In every kind that
   /// has either, that is the next code; in `fnuz` the carry reaches the sign bit, and that is its NaN.
-  constexpr uint32_t overflow_code(bool saturate) const {
+  LOWPREC_INLINE constexpr uint32_t overflow_code(bool saturate) const {
     return max_code() + (saturate || specials == Specials::finite ? 0 : 1);
   }
 
   /// The magnitude code of NaN; the largest value where the format has none.
-  constexpr uint32_t nan_code() const {
+  LOWPREC_INLINE constexpr uint32_t nan_code() const {
     switch (specials) {
       case Specials::ieee:
         return max_code() + 1 + (1u << (mbits - 1));
@@ -70,7 +76,7 @@ struct Format {
   }
 
   /// Whether there is such a format, by the rules of Python's `FloatFormat`.
-  constexpr bool valid() const {
+  LOWPREC_INLINE constexpr bool valid() const {
     if (ebits < 0 || mbits < 0 || bits() > 32 || bias < -kBiasLimit || bias > kBiasLimit) return false;
     if (specials < Specials::finite || specials > Specials::p3109) return false;
     if (ebits == 0 && (specials == Specials::ieee || !subnormals)) return false;

@@ -32,7 +32,7 @@ struct Grid {
   bool within;       // whether the container holds every finite value
 
   template <class C>
-  static Grid of(const Format& format, C) {
+  static LOWPREC_INLINE Grid of(const Format& format, C) {
     const bool plain = format.max_code() < 1u << format.mbits;
     Grid grid;
     grid.mantissa_bits = format.mbits - plain;
@@ -51,7 +51,7 @@ struct Grid {
  private:
   /// Count from no lower than the container reaches, so that positions stay within a word. An even number of binades is
   /// left out: which codes are odd does not change, not even without mantissa bits.
-  void skip_unreachable(int lowest) {
+  LOWPREC_INLINE void skip_unreachable(int lowest) {
     const int binades = max(lowest - min_exponent, 0) / 2 * 2;
     min_exponent += binades;
     skipped = static_cast<uint64_t>(binades) << mantissa_bits;

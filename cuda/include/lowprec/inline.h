@@ -5,10 +5,13 @@
 #include <type_traits>
 
 // A scalar function that kernels on either side inline. One definition for both is what makes their bits agree.
+// LOWPREC_DEVICE is for what only the device has instructions for.
 #ifdef __CUDACC__
 #define LOWPREC_INLINE __host__ __device__ __forceinline__
+#define LOWPREC_DEVICE __device__ __forceinline__
 #else
 #define LOWPREC_INLINE inline __attribute__((always_inline))
+#define LOWPREC_DEVICE LOWPREC_INLINE
 #endif
 
 // A host loop that is compiled for several instruction sets, of which the machine's best is chosen when it is loaded.

@@ -17,13 +17,25 @@ struct Words {
 LOWPREC_INLINE uint32_t low_half(uint64_t x) { return static_cast<uint32_t>(x); }
 LOWPREC_INLINE uint32_t high_half(uint64_t x) { return static_cast<uint32_t>(x >> 32); }
 
+/// Both halves of a product. The device's own instruction: spelled as a 64-bit product it comes with an addition of
+/// zero.
+LOWPREC_INLINE uint64_t multiply(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 /// Ten rounds under the key `seed` of the counter (low, high of group, low, high of offset).
 LOWPREC_INLINE Words philox(uint64_t seed, uint64_t offset, uint64_t group) {
   uint32_t k0 = low_half(seed), k1 = high_half(seed);
   uint32_t c0 = low_half(group), c1 = high_half(group), c2 = low_half(offset), c3 = high_half(offset);
   for (int round = 0; round < 10; ++round) {
-    const uint64_t first = static_cast<uint64_t>(c0) * 0xD2511F53u;
-    const uint64_t second = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    const uint64_t first = multiply(c0, 0xD2511F53u);
+    const uint64_t second = multiply(c2, 0xCD9E8D57u);
     c0 = high_half(second) ^ c1 ^ k0;
     c1 = low_half(second);
     c2 = high_half(first) ^ c3 ^ k1;
@@ -41,17 +53,33 @@ LOWPREC_INLINE uint32_t select(const Words& words, int index) {
   return index & 2 ? high : low;
 }
 
-/// The draws of elements index .. index + 3, index a multiple of 4, each in the top `kBits` of its word.
-/// A word serves 32 / kBits elements, from its low end; a counter value serves four times as many.
+/// The draws of kWidth elements from `index` on, a multiple of kWidth, which is 4 or 8: each in the top kBits of its
+/// word. A word serves 32 / kBits elements, from its low end; a counter value serves four times as many.
+template <int kBits, int kWidth>
+LOWPREC_INLINE void draw(uint64_t seed, uint64_t offset, int64_t index, uint32_t* draws) {
+  constexpr int share = 32 / kBits;
+  constexpr int group = 4 * share < kWidth ? 4 * share : kWidth;  // elements that one counter value serves here
+  for (int begin = 0; begin < kWidth; begin += group) {
+    const Words words = philox(seed, offset, static_cast<uint64_t>(index + begin) / (4 * share));
+    const int first = group == 4 * share ? 0 : static_cast<int>(index / share % 4);
+    for (int i = 0; i < group; ++i) {
+      draws[begin + i] = select(words, first + i / share) >> (kBits * (i % share)) << (32 - kBits);
+    }
+  }
+}
+
+template <int kWidth>
+LOWPREC_INLINE void draw(int bits, uint64_t seed, uint64_t offset, int64_t index, uint32_t* draws) {
+  return bits == 32   ? draw<32, kWidth>(seed, offset, index, draws)
+         : bits == 16 ? draw<16, kWidth>(seed, offset, index, draws)
+                      : draw<8, kWidth>(seed, offset, index, draws);
+}
+
+/// The draws of four elements, likewise.
 template <int kBits>
 LOWPREC_INLINE Words draw_four(uint64_t seed, uint64_t offset, int64_t index) {
-  constexpr int share = 32 / kBits;
-  const Words words = philox(seed, offset, static_cast<uint64_t>(index) / (4 * share));
-  const int first = static_cast<int>(index / share % 4);
   Words draws;
-  for (int i = 0; i < 4; ++i) {
-    draws.word[i] = select(words, first + i / share) >> (kBits * (i % share)) << (32 - kBits);
-  }
+  draw<kBits, 4>(seed, offset, index, draws.word);
   return draws;
 }
 
