@@ -9,6 +9,7 @@ from lowprec.bias import Cast
 from lowprec.block import Packed, load_packed, save_packed
 from lowprec.cast import decode, encode, quantize
 from lowprec.formats import BlockFormat, FloatFormat, format
+from lowprec.measure import Statistics, measure
 from lowprec.policy import Policy, recipes
 from lowprec.report import report
 from lowprec.rounding import Rounding
@@ -23,11 +24,13 @@ __all__ = [
     "Packed",
     "Policy",
     "Rounding",
+    "Statistics",
     "decode",
     "encode",
     "format",
     "fused",
     "load_packed",
+    "measure",
     "optim",
     "quantize",
     "recipes",

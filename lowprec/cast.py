@@ -66,15 +66,31 @@ def quantize(
 
     Source: docs/numerics.md, sections 1 to 4.
     """
-    require_float("x", x)
-    blocks = block.is_block(fmt)
-    call = block.call_of(str(fmt), x, dim) if blocks else (fields_of(fmt, x.dtype),)
-    args = (*call, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
+    blocks, args = call_of(x, fmt, rounding, saturate, seed, offset, generator, random_bits, dim)
     if blocks:
         return block.quantize(x, args) if out is None else _write(_ops.quantize_block_out, x, args, out, x.dtype)
     if out is not None:
         return _write(_ops.quantize_out, x, args, out, x.dtype)
     return apply(x, *args)
+
+
+def call_of(
+    x: Tensor,
+    fmt: FormatLike,
+    rounding: Rounding | str,
+    saturate: bool,
+    seed: int | Tensor | None,
+    offset: int | Tensor,
+    generator: torch.Generator | None,
+    random_bits: int,
+    dim: int,
+) -> tuple[bool, tuple[Any, ...]]:
+    """Whether a cast is to a block format, and what its op takes after x: the arguments of `quantize`, checked."""
+    require_float("x", x)
+    blocks = block.is_block(fmt)
+    call = block.call_of(str(fmt), x, dim) if blocks else (fields_of(fmt, x.dtype),)
+    draws = _draw(x, rounding, seed, offset, generator)
+    return blocks, (*call, *_mode(rounding, saturate, random_bits), *draws, random_bits)
 
 
 def apply(x: Tensor, *args: Any, shift: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ LAYERS = (
     {"block"},
     {"cast", "recompute"},
     {"fused"},
-    {"bias"},
+    {"bias", "measure"},
     {"optim", "policy", "slots"},
     {"roles"},
     {"products"},
