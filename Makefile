@@ -14,10 +14,11 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint co
 VENV := .venv/.installed
 BUILT := lowprec/_lib/.built
 KERNELS := $(wildcard cuda/*.cpp cuda/*.cu cuda/include/lowprec/*.h)
+PEERS := ml_dtypes qtorch torchao pychop microxcaling
 STRICT := $(if $(CI),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-gpu lint types format study wheel check ci clean
+.PHONY: help venv build test test-gpu lint types format peers study wheel check ci clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -61,6 +62,10 @@ format: $(VENV) ## put every file into the house's form
 	ruff check --fix
 	ruff format
 	clang-format -i $(KERNELS)
+
+peers: $(VENV) ## install the peers that `lowprec bench` compares with, where the index has them
+	@for peer in $(PEERS); do \
+		if $(PIP) --no-deps $$peer 2>/dev/null; then echo "installed: $$peer"; else echo "not to be had: $$peer"; fi; done
 
 study: build ## the quick capacity study: a table, a picture and its data under runs/
 	$(RUN) -m lowprec study capacity --quick $(ARGS)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lowprec.formats import BlockFormat, FloatFormat
 
 app = typer.Typer(
-    help="Low-precision numerics for PyTorch: formats, casts and studies.",
+    help="Low-precision numerics for PyTorch: formats, casts, studies and benches.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -56,7 +56,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """Low-precision numerics for PyTorch: formats, casts and studies."""
+    """Low-precision numerics for PyTorch: formats, casts, studies and benches."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without these characters gets question marks
@@ -178,7 +178,7 @@ def study(
 
     known = dict(studies.names())
     if name == "list":
-        _list_studies(known)
+        _list(known)
         return
     if name not in known:
         _fail(f"unknown study {name!r}: {_instead(name, known)}")
@@ -188,6 +188,46 @@ def study(
     folder = out or Path("runs", f"{name}-quick" if quick else name)
     with _explained(_command(name, out, quick)):
         studies.run(name, options, out=folder, quick=quick, resume=resume, engine=engine)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Which bench; `list` names them all.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller tensors, fewer rounds.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the record.", show_default="runs/bench-NAME")] = None,
+    device: Annotated[str | None, typer.Option(help="Only `cpu` or only `cuda`.", show_default="every device")] = None,
+    only: Annotated[str, typer.Option(metavar="PATTERN", help="Only the rows that this names, or is part of.")] = "*",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record instead of tables.")] = False,
+) -> None:
+    """Time kernels beside peers and the device's own limits: tables, a picture and a record.
+
+    Exits with 2 when it cannot start as asked, 1 when a row of ours fails or the record cannot be written, 130 after
+    Ctrl-C.
+    """
+    from lowprec import benches
+
+    known = dict(benches.names())
+    if name == "list":
+        _list(known)
+        return
+    if name not in known:
+        _fail(f"unknown bench {name!r}: {_instead(name, known)}")
+    folder = out or Path("runs", f"bench-{name}")
+    try:
+        devices = benches.DEVICES if device is None else (device,)
+        console = Console(stderr=True, highlight=False)
+        record = benches.run(name, benches.Settings(folder, devices, quick, only, console=console))
+    except KeyboardInterrupt:
+        _fail("stopped; no record was written", INTERRUPTED)
+    except _CANNOT_START as error:
+        _fail(_reason(error))
+    except OSError as error:
+        _fail(_reason(error), 1)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+    else:
+        benches.show(name, record, folder, _console())
+    raise typer.Exit(0 if record["ok"] else 1)
 
 
 _CANNOT_START = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -235,7 +275,7 @@ def _command(name: str, out: Path | None, quick: bool) -> str:
     )
 
 
-def _list_studies(known: dict[str, str]) -> None:
+def _list(known: dict[str, str]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     for row in known.items():

@@ -45,11 +45,12 @@ LAYERS = (
     {"chart"},
     {"sparse"},
     {"studies"},
+    {"benches"},
     {"doctor"},
     {"cli"},
     {"__main__"},
 )
-PACKAGES = {"sparse", "studies"}
+PACKAGES = {"benches", "sparse", "studies"}
 SHIMS = re.compile(r"\b(aoti_torch_|torch_c10_|torch_(get|set|new|list|library|call|parallel)_|STD_CUDA_)")
 ABSOLUTE = re.compile(r"(^|[^\w.~}])/(home|mnt|opt|root|tmp|Users|var|work)/\w", re.MULTILINE)
 

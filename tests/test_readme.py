@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lowprec import studies
+from lowprec import benches, studies
 from lowprec.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +77,8 @@ COMMANDS = sorted({tuple(words) for page in PAGES for words in commands(page)})
 def test_commands_run(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(studies, "run", lambda name, options, *, out, **rest: out)
+    monkeypatch.setattr(benches, "run", lambda name, settings: {"ok": True})
+    monkeypatch.setattr(benches, "show", lambda *args: None)
     result = CliRunner().invoke(app, words[1:])
     assert result.exit_code == 0, result.output
 

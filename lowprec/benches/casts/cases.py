@@ -1,0 +1,227 @@
+"""The rows: ours, as a table of cases. Peers are in their own file."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import lowprec as lp
+from lowprec import _ops
+from lowprec.benches.casts.buffers import Buffers
+from lowprec.benches.timing import Call
+from lowprec.cast import fields_of
+from lowprec.rounding import Rounding
+
+Goal = Literal["copy", "quantize", "encode", "decode", "stochastic", "block", "statistics", "transposed", "none"]
+
+api: Any = lp
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+SHORT = {FLOAT32: "fp32", BFLOAT16: "bf16"}
+FORMATS = ("1-4-3", "1-5-2", "e4m3fn", "1-0-7", "e4m3fnuz")
+BLOCK_FORMATS = {"mxfp8_e4m3": 1 + 1 / 32, "mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16, "bfp8/64": 1 + 1 / 64}
+"""Block formats, and bytes of an element with its share of the scales."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: what to call, on which bytes, and what it is measured by.
+
+    Attributes:
+        name: unique.
+        goal: which of the targets holds, if any.
+        moved: bytes read and written, for each element.
+        make: gives the call, from buffers.
+        by: whose code it is.
+        devices: where it runs.
+    """
+
+    name: str
+    goal: Goal
+    moved: float
+    make: Callable[[Buffers], Call]
+    by: str = "lowprec"
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+def rotating(inputs: list[Tensor], outputs: list[Tensor], call: Callable[[Tensor, Tensor], object]) -> Call:
+    """The call on the inputs and outputs of each number in turn."""
+    return lambda i: call(inputs[i % len(inputs)], outputs[i % len(outputs)])
+
+
+def ours() -> list[Case]:
+    """Every row of ours that this version can run."""
+    return [
+        *_quantize(),
+        *_encode(),
+        *_decode(),
+        *_stochastic(),
+        *(_packed() if _has("pack") else ()),
+        *_statistics(),
+        *(_measure() if _has("measure") else ()),
+        *(_blocks() if _has("blocks") else ()),
+        *(_fused() if _has("fused") else ()),
+    ]
+
+
+def _has(part: str) -> bool:
+    """Whether a part of the library is there yet."""
+    return {
+        "pack": "pack" in inspect.signature(lp.encode).parameters,
+        "measure": hasattr(lp, "measure"),
+        "blocks": "dim" in inspect.signature(lp.quantize).parameters,
+        "fused": find_spec("lowprec.fused") is not None,
+    }[part]
+
+
+def _to_values(dtype: torch.dtype, fmt: str, goal: Goal = "quantize", **how: Any) -> Case:
+    def make(buffers: Buffers) -> Call:
+        options = how | ({"seed": buffers.seed} if goal == "stochastic" else {})
+        return rotating(
+            buffers.inputs(dtype), buffers.outputs(dtype), lambda x, out: lp.quantize(x, fmt, out=out, **options)
+        )
+
+    return Case(f"quantize {SHORT[dtype]} to {fmt}{_words(how)}", goal, 2 * dtype.itemsize, make)
+
+
+def _to_codes(dtype: torch.dtype, fmt: str, goal: Goal = "encode", **how: Any) -> Case:
+    def make(buffers: Buffers) -> Call:
+        options = how | ({"seed": buffers.seed} if goal == "stochastic" else {})
+        return rotating(
+            buffers.inputs(dtype), buffers.outputs(torch.uint8), lambda x, out: lp.encode(x, fmt, out=out, **options)
+        )
+
+    return Case(f"encode {SHORT[dtype]} to {fmt}{_words(how)}", goal, dtype.itemsize + 1, make)
+
+
+def _words(how: dict[str, Any]) -> str:
+    return f", {' '.join(map(str, how.values()))}" if how else ""
+
+
+def _quantize() -> Iterator[Case]:
+    for dtype in (FLOAT32, BFLOAT16):
+        yield from (_to_values(dtype, fmt) for fmt in FORMATS)
+        yield _to_values(dtype, "1-4-3", rounding="up")
+
+
+def _encode() -> Iterator[Case]:
+    for dtype in (FLOAT32, BFLOAT16):
+        yield from (_to_codes(dtype, fmt) for fmt in ("1-4-3", "e4m3fn", "e5m2", "e4m3fnuz"))
+
+
+def _decode() -> Iterator[Case]:
+    for dtype in (FLOAT32, BFLOAT16):
+        for fmt in ("e4m3fn", "e4m3fnuz"):
+
+            def make(buffers: Buffers, dtype: torch.dtype = dtype, fmt: str = fmt) -> Call:
+                return rotating(
+                    buffers.codes(fmt),
+                    buffers.outputs(dtype),
+                    lambda codes, out: lp.decode(codes, fmt, dtype=dtype, out=out),
+                )
+
+            yield Case(f"decode {fmt} to {SHORT[dtype]}", "decode", 1 + dtype.itemsize, make)
+
+
+def _stochastic() -> Iterator[Case]:
+    for dtype in (FLOAT32, BFLOAT16):
+        for bits in (32, 16, 8):
+            yield _to_values(dtype, "1-4-3", "stochastic", rounding="stochastic", random_bits=bits)
+        yield _to_codes(dtype, "e4m3fn", "stochastic", rounding="stochastic", random_bits=32)
+
+
+def _packed() -> Iterator[Case]:
+    for fmt, size in (("e2m1fn", 0.5), ("e3m2fn", 0.75)):
+
+        def make(buffers: Buffers, fmt: str = fmt) -> Call:
+            x = buffers.inputs(FLOAT32)
+            return rotating(x, x, lambda x, _: api.encode(x, fmt, pack=True))
+
+        yield Case(f"encode fp32 to {fmt}, packed", "none", 4 + size, make)
+
+
+def _statistics() -> Iterator[Case]:
+    for dtype in (FLOAT32, BFLOAT16):
+
+        def rounded(buffers: Buffers, dtype: torch.dtype = dtype) -> Call:
+            x, how = (
+                buffers.inputs(dtype),
+                (fields_of("1-4-3"), Rounding.nearest_even.number, True, None, None, 32, None),
+            )
+
+            def call(x: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+                stats = torch.zeros(9, dtype=torch.float64, device=buffers.device)
+                return _ops.quantize_statistics(x, *how, stats, None), stats
+
+            return rotating(x, x, call)
+
+        yield Case(f"quantize {SHORT[dtype]} to 1-4-3, with statistics", "statistics", 2 * dtype.itemsize, rounded)
+
+
+def _measure() -> Iterator[Case]:
+    for dtype in (FLOAT32, BFLOAT16):
+
+        def make(buffers: Buffers, dtype: torch.dtype = dtype) -> Call:
+            x = buffers.inputs(dtype)
+            return rotating(x, x, lambda x, _: vars(api.measure(x, "1-4-3")))
+
+        yield Case(f"measure {SHORT[dtype]} in 1-4-3", "none", dtype.itemsize, make)
+
+
+def _blocks() -> Iterator[Case]:
+    for fmt, size in BLOCK_FORMATS.items():
+        for dtype in (FLOAT32, BFLOAT16):
+
+            def values(buffers: Buffers, dtype: torch.dtype = dtype, fmt: str = fmt) -> Call:
+                return rotating(
+                    buffers.inputs(dtype), buffers.outputs(dtype), lambda x, out: lp.quantize(x, fmt, out=out)
+                )
+
+            def codes(buffers: Buffers, dtype: torch.dtype = dtype, fmt: str = fmt) -> Call:
+                x = buffers.inputs(dtype)
+                return rotating(x, x, lambda x, _: lp.encode(x, fmt))
+
+            # A scale for the whole tensor takes a read of its own before.
+            first = dtype.itemsize if fmt == "nvfp4" else 0
+            yield Case(f"quantize {SHORT[dtype]} to {fmt}", "block", first + 2 * dtype.itemsize, values)
+            yield Case(f"encode {SHORT[dtype]} to {fmt}", "block", first + dtype.itemsize + size, codes)
+
+
+def _fused() -> Iterator[Case]:
+    fused = import_module("lowprec.fused")
+    for dtype in (FLOAT32, BFLOAT16):
+        width, short = dtype.itemsize, SHORT[dtype]
+
+        def over(call: Callable[[Tensor], object], dtype: torch.dtype = dtype) -> Callable[[Buffers], Call]:
+            return lambda buffers: rotating(buffers.inputs(dtype), buffers.inputs(dtype), lambda x, _: call(x))
+
+        yield Case(
+            f"{short} to 1-4-3 values and transposed codes",
+            "transposed",
+            2 * width + 1,
+            over(lambda x: fused.transpose(x, "1-4-3")),
+        )
+        yield Case(
+            f"gelu of {short} to 1-4-3 codes",
+            "none",
+            width + 1,
+            over(lambda x: fused.activate(x, "1-4-3", "gelu", codes=True)),
+        )
+        yield Case(
+            f"relu of {short} to 1-4-3 values", "none", 2 * width, over(lambda x: fused.activate(x, "1-4-3", "relu"))
+        )
+
+    def adding(buffers: Buffers) -> Call:
+        def add(x: Tensor, y: Tensor) -> Tensor:
+            result: Tensor = fused.accumulate_(y, x, "1-5-10")
+            return result
+
+        return rotating(buffers.inputs(BFLOAT16), buffers.outputs(FLOAT32, "sum"), add)
+
+    yield Case("add bf16 to fp32, rounded to 1-5-10", "none", 10, adding)

@@ -1,0 +1,127 @@
+"""Timing calls side by side: every call in every round, so that ratios come from one run."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[int], object]
+"""Does the work once, on the input of that number."""
+
+BURST = 4
+"""Calls that a CUDA measurement spans, so that the device never waits for the host."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time of one call: median and quartiles over rounds."""
+
+    low: float
+    median: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Seconds:
+        """The summary of at least one sample."""
+        low, median, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+        return cls(low, median, high, len(samples))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use that many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def time_in_rounds(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    rounds: int,
+    budget: float,
+    progress: Callable[[str], object] = lambda name: None,
+) -> dict[str, Seconds]:
+    """Time every call once a round, in an order that changes, after one round that does not count.
+
+    Args:
+        calls: by name; each is given the round's number.
+        device: whose clock counts: CUDA events, or the time that passes.
+        rounds: how many.
+        budget: seconds after which a call takes no part in further rounds, once it has three samples.
+        progress: told the name of each call that was timed.
+
+    Returns:
+        Seconds of one call, by name.
+    """
+    clock = _cuda_samples if device.type == "cuda" else _cpu_samples
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        names = [name for name in calls if _wanted(samples[name], budget)]
+        random.Random(turn).shuffle(names)  # or a row would always find the cache as the same other one left it
+        wanted = {name: calls[name] for name in names}
+        for name, seconds in clock(wanted, device, turn, progress):
+            if turn:
+                samples[name].append(seconds)
+    return {name: Seconds.of(each) for name, each in samples.items()}
+
+
+def _wanted(samples: list[float], budget: float) -> bool:
+    return len(samples) < 3 or sum(samples) < budget
+
+
+def _cpu_samples(
+    calls: Mapping[str, Call], device: torch.device, turn: int, progress: Callable[[str], object]
+) -> Iterator[tuple[str, float]]:
+    for name, call in calls.items():
+        begin = time.perf_counter()
+        call(turn)
+        yield name, time.perf_counter() - begin
+        progress(name)
+
+
+def _cuda_samples(
+    calls: Mapping[str, Call], device: torch.device, turn: int, progress: Callable[[str], object]
+) -> Iterator[tuple[str, float]]:
+    """Everything is queued first: the events between the calls are read when all is done."""
+    with torch.cuda.device(device):
+        marks = [_mark()]
+        for name, call in calls.items():
+            begin = _mark()
+            for i in range(BURST):
+                call(BURST * turn + i)
+            marks += [begin, _mark()]
+            progress(name)
+        torch.cuda.synchronize()
+    for name, begin, end in zip(calls, marks[1::2], marks[2::2], strict=True):
+        yield name, begin.elapsed_time(end) / 1000 / BURST
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def clocks(device: torch.device) -> dict[str, str]:
+    """What the driver says of a GPU's clocks and power; nothing where it cannot be asked."""
+    if device.type != "cuda":
+        return {}
+    fields = ("name", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
+    query = ["nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (word.strip() for word in done.stdout.split(",")), strict=False))
