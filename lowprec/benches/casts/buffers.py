@@ -37,9 +37,15 @@ class Buffers:
         """Places to write to, zeros at first."""
         return self._slots((what, dtype), dtype, lambda i, dtype: self._zeros(dtype))
 
-    def codes(self, fmt: str) -> list[Tensor]:
+    def codes(self, fmt: str, pack: bool = False) -> list[Tensor]:
         """Codes of the float32 inputs."""
-        return self._slots(("codes", fmt), torch.float32, lambda i, _: lp.encode(self._normal(i, torch.float32), fmt))
+
+        def make(i: int, dtype: torch.dtype) -> Tensor:
+            codes = lp.encode(self._normal(i, torch.float32), fmt, pack=pack)
+            assert isinstance(codes, Tensor)
+            return codes
+
+        return self._slots(("codes", fmt, pack), torch.uint8, make)
 
     def _slots(self, key: Any, dtype: torch.dtype, make: Callable[[int, torch.dtype], Tensor]) -> list[Tensor]:
         if key not in self._made:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import lowprec as lp
-from lowprec import _ops
-from lowprec.benches.casts.buffers import Buffers
+from lowprec import _ops, fused
+from lowprec.benches.casts.buffers import COLUMNS, Buffers
 from lowprec.benches.timing import Call
 from lowprec.cast import fields_of
 from lowprec.rounding import Rounding
 
 Goal = Literal["copy", "quantize", "encode", "decode", "stochastic", "block", "statistics", "transposed", "none"]
 
-api: Any = lp
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 SHORT = {FLOAT32: "fp32", BFLOAT16: "bf16"}
 FORMATS = ("1-4-3", "1-5-2", "e4m3fn", "1-0-7", "e4m3fnuz")
-BLOCK_FORMATS = {"mxfp8_e4m3": 1 + 1 / 32, "mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16, "bfp8/64": 1 + 1 / 64}
-"""Block formats, and bytes of an element with its share of the scales."""
+BLOCK_FORMATS = {"mxfp8_e4m3": 1 / 32, "mxfp4": 1 / 32, "nvfp4": 1 / 16, "bfp8/64": 1 / 64}
+"""Block formats, and bytes of the scales for each element."""
 
 
 @dataclass(frozen=True)
@@ -56,28 +52,9 @@ def rotating(inputs: list[Tensor], outputs: list[Tensor], call: Callable[[Tensor
 
 
 def ours() -> list[Case]:
-    """Every row of ours that this version can run."""
-    return [
-        *_quantize(),
-        *_encode(),
-        *_decode(),
-        *_stochastic(),
-        *(_packed() if _has("pack") else ()),
-        *_statistics(),
-        *(_measure() if _has("measure") else ()),
-        *(_blocks() if _has("blocks") else ()),
-        *(_fused() if _has("fused") else ()),
-    ]
-
-
-def _has(part: str) -> bool:
-    """Whether a part of the library is there yet."""
-    return {
-        "pack": "pack" in inspect.signature(lp.encode).parameters,
-        "measure": hasattr(lp, "measure"),
-        "blocks": "dim" in inspect.signature(lp.quantize).parameters,
-        "fused": find_spec("lowprec.fused") is not None,
-    }[part]
+    """Every row of ours."""
+    parts = (_quantize, _encode, _decode, _stochastic, _packed, _statistics, _blocks, _fused)
+    return [case for part in parts for case in part()]
 
 
 def _to_values(dtype: torch.dtype, fmt: str, goal: Goal = "quantize", **how: Any) -> Case:
@@ -139,11 +116,16 @@ def _stochastic() -> Iterator[Case]:
 def _packed() -> Iterator[Case]:
     for fmt, size in (("e2m1fn", 0.5), ("e3m2fn", 0.75)):
 
-        def make(buffers: Buffers, fmt: str = fmt) -> Call:
+        def encoding(buffers: Buffers, fmt: str = fmt) -> Call:
             x = buffers.inputs(FLOAT32)
-            return rotating(x, x, lambda x, _: api.encode(x, fmt, pack=True))
+            return rotating(x, x, lambda x, _: lp.encode(x, fmt, pack=True))
 
-        yield Case(f"encode fp32 to {fmt}, packed", "none", 4 + size, make)
+        def decoding(buffers: Buffers, fmt: str = fmt) -> Call:
+            packed = buffers.codes(fmt, pack=True)
+            return rotating(packed, packed, lambda codes, _: lp.decode(codes, fmt, size=COLUMNS))
+
+        yield Case(f"encode fp32 to {fmt}, packed", "encode", 4 + size, encoding)
+        yield Case(f"decode packed {fmt} to fp32", "decode", 4 + size, decoding)
 
 
 def _statistics() -> Iterator[Case]:
@@ -161,21 +143,16 @@ def _statistics() -> Iterator[Case]:
 
             return rotating(x, x, call)
 
-        yield Case(f"quantize {SHORT[dtype]} to 1-4-3, with statistics", "statistics", 2 * dtype.itemsize, rounded)
-
-
-def _measure() -> Iterator[Case]:
-    for dtype in (FLOAT32, BFLOAT16):
-
-        def make(buffers: Buffers, dtype: torch.dtype = dtype) -> Call:
+        def measured(buffers: Buffers, dtype: torch.dtype = dtype) -> Call:
             x = buffers.inputs(dtype)
-            return rotating(x, x, lambda x, _: vars(api.measure(x, "1-4-3")))
+            return rotating(x, x, lambda x, _: lp.measure(x, "1-4-3"))
 
-        yield Case(f"measure {SHORT[dtype]} in 1-4-3", "none", dtype.itemsize, make)
+        yield Case(f"quantize {SHORT[dtype]} to 1-4-3, with statistics", "statistics", 2 * dtype.itemsize, rounded)
+        yield Case(f"measure {SHORT[dtype]} in 1-4-3", "none", dtype.itemsize, measured)
 
 
 def _blocks() -> Iterator[Case]:
-    for fmt, size in BLOCK_FORMATS.items():
+    for fmt, scales in BLOCK_FORMATS.items():
         for dtype in (FLOAT32, BFLOAT16):
 
             def values(buffers: Buffers, dtype: torch.dtype = dtype, fmt: str = fmt) -> Call:
@@ -190,11 +167,10 @@ def _blocks() -> Iterator[Case]:
             # A scale for the whole tensor takes a read of its own before.
             first = dtype.itemsize if fmt == "nvfp4" else 0
             yield Case(f"quantize {SHORT[dtype]} to {fmt}", "block", first + 2 * dtype.itemsize, values)
-            yield Case(f"encode {SHORT[dtype]} to {fmt}", "block", first + dtype.itemsize + size, codes)
+            yield Case(f"encode {SHORT[dtype]} to {fmt}", "block", first + dtype.itemsize + 1 + scales, codes)
 
 
 def _fused() -> Iterator[Case]:
-    fused = import_module("lowprec.fused")
     for dtype in (FLOAT32, BFLOAT16):
         width, short = dtype.itemsize, SHORT[dtype]
 
@@ -218,10 +194,7 @@ def _fused() -> Iterator[Case]:
         )
 
     def adding(buffers: Buffers) -> Call:
-        def add(x: Tensor, y: Tensor) -> Tensor:
-            result: Tensor = fused.accumulate_(y, x, "1-5-10")
-            return result
-
-        return rotating(buffers.inputs(BFLOAT16), buffers.outputs(FLOAT32, "sum"), add)
+        sums = buffers.outputs(FLOAT32, "sum")
+        return rotating(buffers.inputs(BFLOAT16), sums, lambda x, y: fused.accumulate_(y, x, "1-5-10"))
 
     yield Case("add bf16 to fp32, rounded to 1-5-10", "none", 10, adding)
