@@ -5,20 +5,12 @@
 
 #include "lowprec/cast_kernel.h"
 #include "lowprec/cast_ops.h"
+#include "lowprec/launch.h"
 
 namespace lowprec {
 namespace {
 
 constexpr int64_t kBlocksPerMultiprocessor = 32;  // several times what it holds, so that none ends early
-
-/// From the CPU a word is read at the launch.
-DeviceWord device_word(const Tensor& x, const MaybeTensor& word) {
-  if (!word) return {};
-  STD_TORCH_CHECK(word->is_cpu() || word->device() == x.device(),
-                  "seed and offset must be on the CPU or on the device of x");
-  const auto* at = static_cast<const int64_t*>(word->const_data_ptr());
-  return word->is_cpu() ? DeviceWord{nullptr, *at} : DeviceWord{at, 0};
-}
 
 /// Blocks enough for so many threads, and no more than keep the device busy.
 int grid_size(int64_t threads, int device) {
@@ -30,7 +22,7 @@ int grid_size(int64_t threads, int device) {
 struct Cuda {
   template <class Op>
   static void run(const Setting& setting, const Tensor& x, const Tensor& out, const Source& source) {
-    const DeviceDraws draws{device_word(x, source.seed), device_word(x, source.offset), source.bits, source.place};
+    const DeviceDraws draws = device_draws(x, source);
     const Ways<Op> ways(setting.format, setting.saturate);
     const DeviceGuard guard(x.get_device_index());
     elementwise(x, out, Op::random, [&](const void* from, void* to, int64_t count) {

@@ -174,12 +174,14 @@ class Histogram {
 };
 
 struct Cpu {
-  template <class Op, class AnyCoder>
-  static void run(const Op& op, const AnyCoder& coder, const Tensor& x, const Tensor& out, const Source& source,
+  template <class C, class Mode>
+  static void run(const Setting& setting, const Tensor& x, const Tensor& out, const Source& source,
                   const Gathered& gathered) {
-    const Draws draws = Op::random ? Draws(source) : Draws();
-    elementwise(x, out, Op::random, [&](const void* from, void* to, int64_t count) {
-      cast_pages(op, coder, static_cast<const typename Op::Input*>(from), static_cast<typename Op::Output*>(to), count,
+    const Quantize<C, Mode> op(setting.format, setting.saturate);
+    const Coder<C, Mode> coder(setting.format, setting.saturate);
+    const Draws draws = Mode::random ? Draws(source) : Draws();
+    elementwise(x, out, Mode::random, [&](const void* from, void* to, int64_t count) {
+      cast_pages(op, coder, static_cast<const typename C::Bits*>(from), static_cast<typename C::Bits*>(to), count,
                  draws, gathered);
     });
   }

@@ -4,46 +4,19 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "lowprec/cast_kernel.h"
+#include "lowprec/launch.h"
 #include "lowprec/statistics_ops.h"
 
 namespace lowprec {
 namespace {
 
-constexpr int kThreads = kLanes / 4;
-constexpr int kBlocksAtOnce = 3;             // blocks that a multiprocessor is to hold at once
+static_assert(kThreads == kLanes / 4);
+constexpr int kBlocksOfPages = 3;            // blocks that a multiprocessor is to hold at once
 constexpr int kBlocksPerMultiprocessor = 8;  // of the grid
 constexpr int kCopies = 32;                  // of a histogram: one for each thread of a warp, in a bank of its own
 constexpr int64_t kNarrow = 256;             // bins that shared memory has room for
 constexpr uint32_t kEveryone = 0xffffffff;
-
-/// A 64-bit word that the kernel reads when it runs, where the tensor is on the device: a replayed graph sees its new
-/// value. From the CPU it is read at the launch.
-class DeviceWord {
- public:
-  explicit DeviceWord(const Tensor& x, const MaybeTensor& word) {
-    if (!word) return;
-    STD_TORCH_CHECK(word->is_cpu() || word->device() == x.device(),
-                    "seed and offset must be on the CPU or on the device of x");
-    const auto* at = static_cast<const int64_t*>(word->const_data_ptr());
-    if (word->is_cuda()) {
-      pointer_ = at;
-    } else {
-      value_ = static_cast<uint64_t>(*at);
-    }
-  }
-
-  __device__ uint64_t read() const { return pointer_ ? static_cast<uint64_t>(*pointer_) : value_; }
-
- private:
-  const int64_t* pointer_ = nullptr;
-  uint64_t value_ = 0;
-};
-
-struct DeviceDraws {
-  DeviceWord seed;
-  DeviceWord offset;
-  int bits;
-};
 
 /// Four elements, which move in accesses of up to 16 bytes.
 template <class T>
@@ -166,15 +139,23 @@ class Histogram {
   uint32_t* shared_;
 };
 
+/// The cast whose exponents a shift on the device moves. Codes stay as they are.
+template <class C, class Mode>
+__device__ Quantize<C, Mode> shifted(const Setting& setting, const Quantize<C, Mode>&) {
+  Format format = setting.format;
+  format.bias -= shift_within(format, C{}, *setting.shift);
+  return {format, setting.saturate};
+}
+
 /// Quads that a thread loads before it works on the first: what keeps the memory busy meanwhile.
 template <class C>
 constexpr int kQuadsAtOnce = sizeof(typename C::Bits) == 8 ? 2 : 4;
 
 template <class C, class Mode>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    page_kernel(const Quantize<C, Mode> op, Coder<C, Mode> coder, const Array<const typename C::Bits> x,
-                const Array<typename C::Bits> out, const DeviceDraws draws, double* pages, double* stats,
-                int64_t* codes, int64_t bins) {
+__global__ void __launch_bounds__(kThreads, kBlocksOfPages)
+    page_kernel(const Quantize<C, Mode> given, const Setting setting, Coder<C, Mode> coder,
+                const Array<const typename C::Bits> x, const Array<typename C::Bits> out, const DeviceDraws draws,
+                double* pages, double* stats, int64_t* codes, int64_t bins) {
   extern __shared__ uint32_t copies[];
   __shared__ double sums[kTerms][8];
   __shared__ BlockCounts block_counts;
@@ -184,6 +165,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   __syncthreads();
   const uint64_t seed = Mode::random ? draws.seed.read() : 0;
   const uint64_t offset = Mode::random ? draws.offset.read() : 0;
+  Quantize<C, Mode> op = given;
+  if (setting.shift) op = shifted(setting, op);
   Counts<C> counts;
 
   for (int64_t begin = blockIdx.x * kPage; begin < x.count; begin += gridDim.x * kPage) {
@@ -244,18 +227,20 @@ int grid_size(int64_t pages, int device) {
 
 struct Cuda {
   template <class C, class Mode>
-  static void run(const Quantize<C, Mode>& op, const Coder<C, Mode>& coder, const Tensor& x, const Tensor& out,
-                  const Source& source, const Gathered& to) {
+  static void run(const Setting& setting, const Tensor& x, const Tensor& out, const Source& source,
+                  const Gathered& to) {
     using Bits = typename C::Bits;
     const DeviceGuard guard(x.get_device_index());
-    const DeviceDraws draws{DeviceWord(x, source.seed), DeviceWord(x, source.offset), source.bits};
+    const DeviceDraws draws = device_draws(x, source);
+    const Quantize<C, Mode> op(setting.format, setting.saturate);
+    const Coder<C, Mode> coder(setting.format, setting.saturate);
     elementwise(x, out, Mode::random, [&](const void* from, void* into, int64_t count) {
       const cudaStream_t stream = current_stream(x);
       const Tensor scratch = torch::stable::new_empty(x, {pages_of(count) * kTerms}, ScalarType::Double);
       auto* pages = static_cast<double*>(scratch.mutable_data_ptr());
       const size_t shared = to.codes && to.bins <= kNarrow ? to.bins * kCopies * sizeof(uint32_t) : 0;
       page_kernel<C, Mode><<<grid_size(pages_of(count), x.get_device_index()), kThreads, shared, stream>>>(
-          op, coder, Array<const Bits>(static_cast<const Bits*>(from), count),
+          op, setting, coder, Array<const Bits>(static_cast<const Bits*>(from), count),
           Array<Bits>(static_cast<Bits*>(into), count), draws, pages, to.stats, to.codes, to.bins);
       check_cuda(cudaGetLastError());
       total_kernel<<<1, kThreads, 0, stream>>>(pages, count, to.stats, to.codes);

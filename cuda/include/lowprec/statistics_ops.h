@@ -39,8 +39,7 @@ class Coder {
   /// The last number's, where it rounded past the largest finite magnitude.
   bool beyond;
 
-  Coder() = default;
-  Coder(const Format& format, bool saturate)
+  LOWPREC_INLINE Coder(const Format& format, bool saturate)
       : max_code_(format.max_code()),
         overflow_(format.overflow_code(saturate)),
         nan_(format.nan_code()),
@@ -76,21 +75,19 @@ class Coder {
   uint32_t first_signed_;  // the smallest magnitude code that can be negative
 };
 
-/// `Backend::run(op, coder, x, out, source, gathered)` applies a cast to the elements of x and gathers.
+/// `Backend::run<C, Mode>(setting, x, out, source, gathered)` applies a cast to the elements of x and gathers.
 template <class Backend>
 Tensor quantize_statistics(const Tensor& x, const Ints& fields, int64_t rounding, bool saturate,
                            const MaybeTensor& seed, const MaybeTensor& offset, int64_t random_bits,
                            const MaybeTensor& shift, const Tensor& stats, const MaybeTensor& codes) {
   Tensor out = empty_like(x, x.scalar_type());
-  const Format format = shifted(read_format(fields), shift, x.scalar_type());
+  const Setting setting = setting_of(x, read_format(fields), saturate, shift);
   const Source source(seed, offset, random_bits);
-  const Gathered gathered(x, format, stats, codes);
+  const Gathered gathered(x, setting.format, stats, codes);
   for_container(x.scalar_type(), [&](auto container) {
-    check_within(format, container);
+    check_within(setting, container);
     for_rounding(rounding, [&](auto mode) {
-      using C = decltype(container);
-      using Mode = decltype(mode);
-      Backend::run(Quantize<C, Mode>(format, saturate), Coder<C, Mode>(format, saturate), x, out, source, gathered);
+      Backend::template run<decltype(container), decltype(mode)>(setting, x, out, source, gathered);
     });
   });
   return out;
