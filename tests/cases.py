@@ -77,11 +77,11 @@ def _adaptations(device: torch.device) -> list[Arguments]:
     """Every kind of bias, on several dtypes and layouts and on a call that measures nothing."""
     x = _numbers(device)
     inputs = [x, x.double().transpose(0, 2), x.half()[:, ::2], x.bfloat16()[:0], x[0, 0, 0]]
-    rules = [(0, 0), (1, 0), (2, 4), (3, 0)]
+    rules = [(0, None, 0), (1, None, 0), (1, 2.0, 0), (2, None, 4), (3, 0.5, 0)]
     return [
-        (each, new_state([7], history)[0].to(device), kind, 7, 2, None, 1024, history)
+        (each, new_state([7], history)[0].to(device), kind, 7, 2, stdv, 1024, history)
         for each in inputs
-        for kind, history in rules
+        for kind, stdv, history in rules
     ]
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lowprec as lp
-from lowprec.adapt import NOTHING, _is_due, exponent_of, is_due
+from lowprec import _ops
+from lowprec.adapt import NOTHING, _is_due, adapt, exponent_of, is_due, new_state
 from lowprec.bias import Rule
 from tests.engines import DTYPES
 
@@ -27,6 +28,17 @@ MEASURED = ("dynamic", "delayed", "sampled")
 def spike(exponent: int) -> Tensor:
     """A tensor whose largest magnitude lies in the binade of 2^exponent."""
     return torch.tensor([0.0, -1.75, 1.0, 0.3]) * 2.0**exponent
+
+
+def patterns(size: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Random bits in every other element, numbers like those of a network in the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    bits = torch.randint(
+        torch.iinfo(integer).min, torch.iinfo(integer).max, (size,), generator=generator, dtype=integer
+    )
+    calm = torch.randn(size, generator=generator).to(dtype)
+    return torch.where(torch.arange(size) % (seed + 1) == 1, bits.view(dtype), calm)
 
 
 def emaxes(cast: lp.Cast, exponents: list[int]) -> list[int]:
@@ -130,6 +142,22 @@ def test_a_bias_is_clamped_to_what_the_dtype_holds(device: torch.device) -> None
     assert torch.equal(cast(x), lp.quantize(x, "1-5-2:emax=15"))
     cast = lp.Cast("1-5-2", bias="dynamic", pad=-100).to(device)
     assert torch.equal(cast(x), lp.quantize(x, "1-5-2:bias=23"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stdv", [None, 0.0, 3.0])
+def test_kernels_measure_as_the_eager_twin(device: torch.device, dtype: torch.dtype, stdv: float | None) -> None:
+    """Sizes around a page and a row; numbers over the dtype's whole range; strides; NaN and infinities in between."""
+    for size in (1, 31, 1023, 1025, 16383, 16385, 70001):
+        for seed in range(3):
+            numbers = patterns(size, dtype, seed)
+            for x in (numbers, numbers[1:], numbers[::3], torch.zeros_like(numbers), numbers * 0.001):
+                x = x.to(device)
+                state, other = (new_state([3], 2)[0].to(device) for _ in range(2))
+                rule = (2, 7, 1, stdv, 1024, 2)
+                for _ in range(2):
+                    assert torch.equal(_ops.adapt(x, state, *rule), adapt(x, other, *rule))
+                assert torch.equal(state, other)
 
 
 # Sequences.
