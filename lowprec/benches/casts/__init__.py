@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,8 +25,8 @@ ELEMENTS = {"cpu": (1 << 24, 1 << 20), "cuda": (1 << 28, 1 << 26)}
 """Elements of a tensor, in full and with `quick`."""
 
 ROUNDS, QUICK_ROUNDS = 25, 5
-BUDGET = 8.0
-"""Seconds for a slow row on one device."""
+BUDGET = {"cpu": 8.0, "cuda": 0.5}
+"""Seconds of calls after which a slow row on such a device takes no further part."""
 
 SAMPLE = 1 << 16
 """Elements on which each row of ours is compared with the eager twin before it is timed."""
@@ -91,6 +92,7 @@ def _runs(settings: Settings, device: torch.device, wanted: list[Case]) -> list[
             "threads": count,
             "elements": buffers.elements,
             "clocks": clocks(device),
+            "load": list(os.getloadavg()),
             "failed": failed,
         }
         run["rows"] = report.rows([case for case in here if case.name in calls], seconds, run)
@@ -103,7 +105,9 @@ def _timed(settings: Settings, device: torch.device, calls: dict[str, Call], wha
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[row]}"))
     with Progress(*columns, console=settings.console, transient=True, disable=settings.console is None) as progress:
         task = progress.add_task(what, total=len(calls) * (rounds + 1), row="")
-        return time_in_rounds(calls, device, rounds, BUDGET, lambda name: progress.update(task, advance=1, row=name))
+        return time_in_rounds(
+            calls, device, rounds, BUDGET[device.type], lambda name: progress.update(task, advance=1, row=name)
+        )
 
 
 def _prepare(here: list[Case], buffers: Buffers) -> tuple[dict[str, Call], dict[str, str]]:

@@ -5,6 +5,9 @@ A peer is called as its documentation says, and gives its result in a new tensor
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
+import os
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 from typing import Any
@@ -153,11 +156,51 @@ def _pychop() -> Iterator[Case]:
         yield _called("pychop", f"fp32 to 1-4-3, {name}", 8, chop)
 
 
+class _Options(ctypes.Structure):
+    """CPFloat's `optstruct`, from its cpfloat_definitions.h."""
+
+    _fields_ = (
+        ("format", ctypes.c_char * 15),
+        ("precision", ctypes.c_uint),
+        ("emin", ctypes.c_int),
+        ("emax", ctypes.c_int),
+        ("explim", ctypes.c_int),
+        ("infinity", ctypes.c_int),
+        ("round", ctypes.c_int),
+        ("saturation", ctypes.c_int),
+        ("subnormal", ctypes.c_int),
+        ("flip", ctypes.c_int),
+        ("p", ctypes.c_double),
+        ("seeds", ctypes.c_void_p * 3),
+    )
+
+
+def _cpfloat() -> Iterator[Case]:
+    path = os.environ.get("CPFLOAT") or ctypes.util.find_library("cpfloat")
+    if path is None:
+        raise ModuleNotFoundError("no libcpfloat.so: name it in CPFLOAT")
+    library = ctypes.CDLL(path)
+    library.cpfloatf.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(_Options))
+    for mode, name in ((1, "nearest"), (5, "stochastic")):
+        options = _Options(precision=4, emin=-6, emax=8, explim=1, infinity=0, round=mode, saturation=1, subnormal=1)
+
+        def call(x: Tensor, out: Tensor, options: _Options = options) -> int:
+            library.omp_set_num_threads(torch.get_num_threads())
+            status: int = library.cpfloatf(out.data_ptr(), x.data_ptr(), x.numel(), options)
+            return status
+
+        def make(buffers: Buffers, call: Callable[[Tensor, Tensor], int] = call) -> Call:
+            return rotating(buffers.inputs(FLOAT32), buffers.outputs(FLOAT32), call)
+
+        yield Case(f"CPFloat fp32 to e4m3, {name}", "none", 8, make, by="CPFloat", devices=("cpu",))
+
+
 PEERS: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
     "ml_dtypes": ("ml_dtypes", _ml_dtypes),
     "qtorch": ("qtorch", _qtorch),
     "torchao": ("torchao", _torchao),
     "microxcaling": ("microxcaling", _microxcaling),
     "pychop": ("pychop", _pychop),
+    "CPFloat": ("cpfloat", _cpfloat),
 }
 """Peers: the package that has the version, and the rows, whose making imports it."""
