@@ -111,27 +111,6 @@ LOWPREC_CLONES void activate_block(const Activate op, uint64_t* x, const double*
   for (int64_t i = 0; i < count; ++i) x[i] = op.apply<kind>(x[i], scale[i], bias[i], words[i]);
 }
 
-using ActivateBlock = void (*)(Activate, uint64_t*, const double*, const double*, int64_t, const uint32_t*);
-
-ActivateBlock activate_block_of(Activation kind) {
-  switch (kind) {
-    case Activation::relu:
-      return activate_block<Activation::relu>;
-    case Activation::relu2:
-      return activate_block<Activation::relu2>;
-    case Activation::sigmoid:
-      return activate_block<Activation::sigmoid>;
-    case Activation::tanh:
-      return activate_block<Activation::tanh>;
-    case Activation::silu:
-      return activate_block<Activation::silu>;
-    case Activation::gelu:
-      return activate_block<Activation::gelu>;
-    default:
-      return activate_block<Activation::none>;
-  }
-}
-
 /// Scale and bias of the elements of a block.
 void spread(const Affine& affine, int64_t begin, int64_t count, double* scale, double* bias) {
   for (int64_t i = 0; i < count; ++i) {
@@ -274,16 +253,17 @@ struct Cpu {
   static void activate(const Activate& op, Activation kind, const Tensor& x, const Tensor& out, const Affine& affine,
                        const Source& source) {
     const Array from(x), to(out);
-    const ActivateBlock block = activate_block_of(kind);
-    for_blocks(x.numel(), Draws(op.round.choice.random, source),
-               [&](int64_t begin, int64_t size, const uint32_t* words) {
-                 uint64_t bits[kBlock];
-                 double scale[kBlock], bias[kBlock];
-                 load(from, begin, size, bits);
-                 spread(affine, begin, size, scale, bias);
-                 block(op, bits, scale, bias, size, words);
-                 store(to, begin, size, bits);
-               });
+    for_activation(kind, [&](auto chosen) {
+      for_blocks(x.numel(), Draws(op.round.choice.random, source),
+                 [&](int64_t begin, int64_t size, const uint32_t* words) {
+                   uint64_t bits[kBlock];
+                   double scale[kBlock], bias[kBlock];
+                   load(from, begin, size, bits);
+                   spread(affine, begin, size, scale, bias);
+                   activate_block<decltype(chosen)::value>(op, bits, scale, bias, size, words);
+                   store(to, begin, size, bits);
+                 });
+    });
   }
 
   /// float32 serves dtypes and codes of up to 32 and 16 bits, float64 the others.

@@ -32,7 +32,11 @@ LOWPREC_INLINE double without_tiny(double x) {
   return bit_cast<double>((bits_of(x) ^ sign) < power_bits(-1000) ? sign : bits_of(x));
 }
 
-constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
+LOWPREC_INLINE constexpr double factorial(int n) {
+  double product = 1.0;
+  for (int i = 2; i <= n; ++i) product *= i;
+  return product;
+}
 
 /// 1/n! + r/(n+1)! + ... + r^(13-n)/13!, from the last term on.
 template <int n>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "lowprec/activation.h"
 #include "lowprec/number.h"
@@ -67,5 +68,26 @@ struct Activate {
     return finish(x_bits, t != t ? t : activate<kind>(t), word);
   }
 };
+
+/// Call f with an activation as a constant.
+template <class F>
+void for_activation(Activation kind, F f) {
+  switch (kind) {
+    case Activation::relu:
+      return f(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::relu2:
+      return f(std::integral_constant<Activation, Activation::relu2>{});
+    case Activation::sigmoid:
+      return f(std::integral_constant<Activation, Activation::sigmoid>{});
+    case Activation::tanh:
+      return f(std::integral_constant<Activation, Activation::tanh>{});
+    case Activation::silu:
+      return f(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::gelu:
+      return f(std::integral_constant<Activation, Activation::gelu>{});
+    default:
+      return f(std::integral_constant<Activation, Activation::none>{});
+  }
+}
 
 }  // namespace lowprec

@@ -1,0 +1,512 @@
+// The fused casts on CUDA. Casts into both layouts go by tiles through shared memory, the others element by element.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "lowprec/convert.h"
+#include "lowprec/fused_ops.h"
+#include "lowprec/inline.h"
+#include "lowprec/philox.h"
+
+namespace lowprec {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kBlocksPerMultiprocessor = 32;  // several times what it holds, so that none ends early
+
+/// A 64-bit word that a kernel reads when it runs, where it is on the device: a replayed graph sees its new value. From
+/// the CPU it is read at the launch.
+struct Word {
+  const int64_t* pointer = nullptr;
+  int64_t value = 0;
+
+  Word(const Tensor& x, const MaybeTensor& word) {
+    if (!word) return;
+    STD_TORCH_CHECK(word->is_cpu() || word->device() == x.device(),
+                    "seed and offset must be on the CPU or on the device of x");
+    const auto* at = static_cast<const int64_t*>(word->const_data_ptr());
+    if (word->is_cpu()) {
+      value = *at;
+    } else {
+      pointer = at;
+    }
+  }
+
+  __device__ uint64_t read() const { return static_cast<uint64_t>(pointer ? *pointer : value); }
+};
+
+/// What stochastic rounding draws from.
+struct Draws {
+  Word seed;
+  Word offset;
+  int bits;
+  bool random;
+
+  Draws(const Tensor& x, const Source& source, bool random)
+      : seed(x, source.seed), offset(x, source.offset), bits(source.bits), random(random) {}
+};
+
+/// The words of elements, by their index; zeros where nothing is drawn.
+struct Draw {
+  uint64_t seed;
+  uint64_t offset;
+  int bits;
+  bool random;
+
+  __device__ explicit Draw(const Draws& from)
+      : seed(from.seed.read()), offset(from.offset.read()), bits(from.bits), random(from.random) {}
+
+  /// Of four elements, from a multiple of four on.
+  __device__ Words four(int64_t index) const { return random ? draw_four(bits, seed, offset, index) : Words{}; }
+  __device__ uint32_t one(int64_t index) const {
+    return random ? select(four(index - index % 4), static_cast<int>(index % 4)) : 0;
+  }
+};
+
+// Elements of any width, as 64-bit words.
+
+__device__ uint64_t load_one(const Array& from, int64_t i) {
+  switch (from.bytes) {
+    case 8:
+      return static_cast<const uint64_t*>(from.data)[i];
+    case 4:
+      return static_cast<const uint32_t*>(from.data)[i];
+    case 2:
+      return static_cast<const uint16_t*>(from.data)[i];
+    default:
+      return static_cast<const uint8_t*>(from.data)[i];
+  }
+}
+
+__device__ void store_one(const Array& to, int64_t i, uint64_t bits) {
+  switch (to.bytes) {
+    case 8:
+      static_cast<uint64_t*>(to.data)[i] = bits;
+      return;
+    case 4:
+      static_cast<uint32_t*>(to.data)[i] = static_cast<uint32_t>(bits);
+      return;
+    case 2:
+      static_cast<uint16_t*>(to.data)[i] = static_cast<uint16_t>(bits);
+      return;
+    default:
+      static_cast<uint8_t*>(to.data)[i] = static_cast<uint8_t>(bits);
+  }
+}
+
+/// Four elements that move together, in accesses of up to 16 bytes.
+template <class T>
+struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Four {
+  T at[4];
+};
+
+struct Quad {
+  uint64_t at[4];
+};
+
+template <class T>
+__device__ Quad load_as(const Array& from, int64_t quad) {
+  const Four<T> four = static_cast<const Four<T>*>(from.data)[quad];
+  return {{four.at[0], four.at[1], four.at[2], four.at[3]}};
+}
+
+template <class T>
+__device__ void store_as(const Array& to, int64_t quad, const Quad& bits) {
+  Four<T> four;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) four.at[j] = static_cast<T>(bits.at[j]);
+  static_cast<Four<T>*>(to.data)[quad] = four;
+}
+
+__device__ Quad load_four(const Array& from, int64_t quad) {
+  switch (from.bytes) {
+    case 8:
+      return load_as<uint64_t>(from, quad);
+    case 4:
+      return load_as<uint32_t>(from, quad);
+    case 2:
+      return load_as<uint16_t>(from, quad);
+    default:
+      return load_as<uint8_t>(from, quad);
+  }
+}
+
+__device__ void store_four(const Array& to, int64_t quad, const Quad& bits) {
+  switch (to.bytes) {
+    case 8:
+      return store_as<uint64_t>(to, quad, bits);
+    case 4:
+      return store_as<uint32_t>(to, quad, bits);
+    case 2:
+      return store_as<uint16_t>(to, quad, bits);
+    default:
+      return store_as<uint8_t>(to, quad, bits);
+  }
+}
+
+bool aligned_fours(const Array& array) {
+  return reinterpret_cast<uintptr_t>(array.data) % std::min(4 * array.bytes, 16) == 0;
+}
+
+/// y + x, in place.
+struct Sums {
+  Accumulate op;
+  Array y;
+  Array x;
+
+  __device__ void four(int64_t quad, const Words& words) const {
+    Quad sums = load_four(y, quad);
+    const Quad terms = load_four(x, quad);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums.at[j] = op(sums.at[j], terms.at[j], words.word[j]);
+    store_four(y, quad, sums);
+  }
+
+  __device__ void one(int64_t i, uint32_t word) const { store_one(y, i, op(load_one(y, i), load_one(x, i), word)); }
+};
+
+/// act(scale · x + bias).
+template <Activation kind>
+struct Activations {
+  Activate op;
+  Array x;
+  Array out;
+  Affine affine;
+
+  __device__ uint64_t apply(int64_t i, uint64_t bits, uint32_t word) const {
+    const int64_t channel = affine.varies() ? affine.channel(i) : 0;
+    return op.apply<kind>(bits, affine.scale.at(channel), affine.bias.at(channel), word);
+  }
+
+  __device__ void four(int64_t quad, const Words& words) const {
+    Quad bits = load_four(x, quad);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) bits.at[j] = apply(4 * quad + j, bits.at[j], words.word[j]);
+    store_four(out, quad, bits);
+  }
+
+  __device__ void one(int64_t i, uint32_t word) const { store_one(out, i, apply(i, load_one(x, i), word)); }
+};
+
+/// The first `quads` fours, then what elements are left one by one.
+template <class Work>
+__global__ void __launch_bounds__(kThreads)
+    fused_kernel(const Work work, int64_t count, int64_t quads, const Draws draws) {
+  const Draw draw(draws);
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t quad = thread; quad < quads; quad += threads) work.four(quad, draw.four(4 * quad));
+#pragma unroll 1
+  for (int64_t i = 4 * quads + thread; i < count; i += threads) work.one(i, draw.one(i));
+}
+
+int multiprocessors(int device) {
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+template <class Work>
+void launch(const Work& work, const Tensor& x, bool aligned, const Draws& draws) {
+  const DeviceGuard guard(x.get_device_index());
+  const int64_t count = x.numel(), quads = aligned ? count / 4 : 0;
+  const int64_t blocks = ((aligned ? quads : count) + kThreads) / kThreads;
+  const int64_t most = multiprocessors(x.get_device_index()) * kBlocksPerMultiprocessor;
+  fused_kernel<<<static_cast<int>(std::min(blocks, most)), kThreads, 0, current_stream(x)>>>(work, count, quads, draws);
+  check_cuda(cudaGetLastError());
+}
+
+// Casts into both layouts.
+
+/// Matrices, one after the other, and where their casts go.
+struct Matrices {
+  Array x;
+  Array rows;     // as x lies; without data if not wanted
+  Array columns;  // as its transpose lies
+  bool row_values;
+  bool column_values;
+  int64_t height;
+  int64_t width;
+  int64_t count;
+};
+
+/// A tile's place: its corner in one of the matrices.
+struct Corner {
+  int64_t matrix;
+  int64_t row;
+  int64_t column;
+
+  __device__ Corner(int64_t tile, const Matrices& m, int high, int wide) {
+    const int64_t across = (m.width + wide - 1) / wide, down = (m.height + high - 1) / high;
+    column = tile % across * wide;
+    row = tile / across % down * high;
+    matrix = tile / across / down;
+  }
+};
+
+/// Any dtype, format and mode.
+struct AnyCast {
+  Layout x;
+  Rounder round;
+  Writer write;
+
+  __device__ void apply(uint64_t bits, uint32_t word, uint64_t& value, uint64_t& code) const {
+    const Number number = x.read(bits);
+    const uint64_t magnitude = round(number, word);
+    value = number.nan ? bits : write(magnitude, number.negative);
+    code = number.nan ? round.to.nan(number.negative) : round.to.with_sign(magnitude, number.negative);
+  }
+};
+
+constexpr int kSide = 32;
+
+__global__ void __launch_bounds__(kThreads)
+    transpose_any(const AnyCast cast, const Matrices m, int64_t tiles, const Draws draws) {
+  __shared__ uint64_t staged[kSide][kSide + 1];
+  const Draw draw(draws);
+  const int lane = threadIdx.x % kSide, first = threadIdx.x / kSide;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const Corner at(tile, m, kSide, kSide);
+    const int64_t base = at.matrix * m.height * m.width;
+    for (int r = first; r < kSide; r += kThreads / kSide) {
+      if (at.row + r >= m.height || at.column + lane >= m.width) continue;
+      const int64_t i = base + (at.row + r) * m.width + at.column + lane;
+      uint64_t value, code;
+      cast.apply(load_one(m.x, i), draw.one(i), value, code);
+      if (m.rows.data) store_one(m.rows, i, m.row_values ? value : code);
+      staged[r][lane] = m.column_values ? value : code;
+    }
+    __syncthreads();
+    for (int c = first; m.columns.data && c < kSide; c += kThreads / kSide) {
+      if (at.column + c >= m.width || at.row + lane >= m.height) continue;
+      store_one(m.columns, base + (at.column + c) * m.height + at.row + lane, staged[lane][c]);
+    }
+    __syncthreads();
+  }
+}
+
+/// Casts a number of dtype D, as float32, to a value and a code of up to 8 bits. Where both are wanted, the code is
+/// that of the value, which needs no rounding.
+template <class D, class Mode>
+struct ByteCast {
+  Quantize<Float32, Mode> quantize;
+  Encode<Float32, TowardZero, uint8_t> exact;
+  Encode<Float32, Mode, uint8_t> encode;
+  bool values;
+
+  /// A format that float32 does not hold has no values; any other stands in for it.
+  ByteCast(const Format& format, bool saturate, bool values)
+      : quantize(values ? format : Format{4, 3, 7, Specials::finite, true}, saturate),
+        exact(format, saturate),
+        encode(format, saturate),
+        values(values) {}
+
+  __device__ uint8_t apply(typename D::Bits& x, uint32_t word) const {
+    NoTally none;
+    const uint32_t wide = widen<D, Float32>(x);
+    if (!values) return encode(wide, word, none);
+    const uint32_t rounded = quantize(wide, word, none);
+    x = narrow<Float32, D>(rounded);
+    return exact(rounded, 0, none);
+  }
+};
+
+// A tile of bytes: a thread packs the codes of four neighbours in a row into a word, then takes the words of 16 rows
+// and writes 16 bytes of each of their four columns, so that eight threads fill a line of 128 bytes.
+constexpr int kTileRows = 128;
+constexpr int kTileColumns = 64;
+constexpr int kTileThreads = 128;
+constexpr int kRowsAtOnce = 16;
+constexpr int kQuads = kTileColumns / 4;
+// Every 16 rows begin four banks further on: eight groups of rows and four columns of words then meet 32 banks.
+constexpr int kShift = 4;
+
+__device__ int staged_at(int row, int quad) { return row * kQuads + row / kRowsAtOnce * kShift + quad; }
+
+/// The bytes of four words, one word for each place: a 4 x 4 transpose.
+__device__ void transpose_bytes(const uint32_t (&rows)[4], uint32_t (&columns)[4]) {
+  const uint32_t low01 = __byte_perm(rows[0], rows[1], 0x5140), high01 = __byte_perm(rows[0], rows[1], 0x7362);
+  const uint32_t low23 = __byte_perm(rows[2], rows[3], 0x5140), high23 = __byte_perm(rows[2], rows[3], 0x7362);
+  columns[0] = __byte_perm(low01, low23, 0x5410);
+  columns[1] = __byte_perm(low01, low23, 0x7632);
+  columns[2] = __byte_perm(high01, high23, 0x5410);
+  columns[3] = __byte_perm(high01, high23, 0x7632);
+}
+
+/// 16 bytes of x: elements that a thread casts at a time.
+template <class D>
+struct alignas(16) Chunk {
+  static constexpr int width = 16 / sizeof(typename D::Bits);
+  typename D::Bits at[width];
+};
+
+template <class D, class Mode>
+__device__ void cast_tile(const ByteCast<D, Mode>& cast, const Matrices& m, const Corner& at, const Draw& draw,
+                          uint32_t* staged) {
+  constexpr int width = Chunk<D>::width, across = kTileColumns / width, down = kTileThreads / across;
+  constexpr int steps = kTileRows / down, together = 4;
+  const int column = threadIdx.x % across * width, first = threadIdx.x / across;
+  if (at.column + column >= m.width) return;
+  const int64_t corner = (at.matrix * m.height + at.row) * m.width + at.column + column;
+  const auto* x = static_cast<const typename D::Bits*>(m.x.data);
+#pragma unroll 1
+  for (int step = 0; step < steps; step += together) {
+    Chunk<D> chunks[together];
+#pragma unroll
+    for (int k = 0; k < together; ++k) {
+      const int row = first + (step + k) * down;
+      if (at.row + row < m.height) chunks[k] = *reinterpret_cast<const Chunk<D>*>(x + corner + row * m.width);
+    }
+#pragma unroll
+    for (int k = 0; k < together; ++k) {
+      const int row = first + (step + k) * down;
+      const int64_t i = corner + row * m.width;
+      if (at.row + row >= m.height) break;
+      uint32_t codes[width / 4];
+#pragma unroll
+      for (int j = 0; j < width; j += 4) {
+        const Words words = Mode::random ? draw.four(i + j) : Words{};
+        uint32_t packed = 0;
+#pragma unroll
+        for (int n = 0; n < 4; ++n) packed |= uint32_t{cast.apply(chunks[k].at[j + n], words.word[n])} << (8 * n);
+        codes[j / 4] = packed;
+        staged[staged_at(row, (column + j) / 4)] = packed;
+      }
+      if (!m.rows.data) continue;
+      if (m.row_values) {
+        *reinterpret_cast<Chunk<D>*>(static_cast<typename D::Bits*>(m.rows.data) + i) = chunks[k];
+      } else {
+        auto* to = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(m.rows.data) + i);
+#pragma unroll
+        for (int j = 0; j < width / 4; ++j) to[j] = codes[j];
+      }
+    }
+  }
+}
+
+/// Write 16 rows of four columns, whose bytes lie next to each other in the transposed result.
+__device__ void write_columns(const Matrices& m, const Corner& at, const uint32_t* staged) {
+  const int group = threadIdx.x % (kTileRows / kRowsAtOnce), quad = threadIdx.x / (kTileRows / kRowsAtOnce);
+  const int64_t row = at.row + group * kRowsAtOnce, column = at.column + 4 * quad;
+  if (row >= m.height || column >= m.width) return;
+  uint32_t columns[4][4];  // four columns of 16 bytes
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t rows[4], turned[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) rows[j] = staged[staged_at(group * kRowsAtOnce + 4 * i + j, quad)];
+    transpose_bytes(rows, turned);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) columns[j][i] = turned[j];
+  }
+  auto* out = static_cast<uint8_t*>(m.columns.data) + (at.matrix * m.width + column) * m.height + row;
+  const bool whole = m.height % kRowsAtOnce == 0;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    uint8_t* to = out + j * m.height;
+    if (whole) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(columns[j][0], columns[j][1], columns[j][2], columns[j][3]);
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      if (row + i < m.height) to[i] = static_cast<uint8_t>(columns[j][i / 4] >> (8 * (i % 4)));
+    }
+  }
+}
+
+template <class D, class Mode>
+__global__ void __launch_bounds__(kTileThreads)
+    transpose_bytes_kernel(const ByteCast<D, Mode> cast, const Matrices m, int64_t tiles, const Draws draws) {
+  __shared__ uint32_t staged[kTileRows * kQuads + kTileRows / kRowsAtOnce * kShift];
+  const Draw draw(draws);
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const Corner at(tile, m, kTileRows, kTileColumns);
+    cast_tile(cast, m, at, draw, staged);
+    __syncthreads();
+    write_columns(m, at, staged);
+    __syncthreads();
+  }
+}
+
+int64_t tiles_of(const Matrices& m, int high, int wide) {
+  return m.count * ((m.height + high - 1) / high) * ((m.width + wide - 1) / wide);
+}
+
+/// Whether 16 bytes of x at a time lie where such accesses may, and the same elements of the results.
+bool byte_tiles_fit(const Matrices& m) {
+  const auto aligned = [](const Array& array) { return reinterpret_cast<uintptr_t>(array.data) % 16 == 0; };
+  return m.x.bytes <= 4 && m.columns.data && m.columns.bytes == 1 && !m.column_values && aligned(m.x) &&
+         aligned(m.rows) && aligned(m.columns) && m.width % (16 / m.x.bytes) == 0;
+}
+
+Vector device_vector(const MaybeTensor& x) {
+  if (!x) return {};
+  const Vector vector(*x);
+  if (x->is_cuda()) return vector;
+  Vector number;
+  number.value = vector.at(0);
+  return number;
+}
+
+struct Cuda {
+  static Vector vector(const MaybeTensor& x) { return device_vector(x); }
+
+  static void accumulate(const Accumulate& op, const Tensor& y, const Tensor& x, const Source& source) {
+    const Sums work{op, Array(y), Array(x)};
+    const bool aligned = aligned_fours(work.y) && aligned_fours(work.x);
+    launch(work, y, aligned, Draws(y, source, op.round.choice.random));
+  }
+
+  static void activate(const Activate& op, Activation kind, const Tensor& x, const Tensor& out, const Affine& affine,
+                       const Source& source) {
+    const Draws draws(x, source, op.round.choice.random);
+    for_activation(kind, [&](auto chosen) {
+      const Activations<decltype(chosen)::value> work{op, Array(x), Array(out), affine};
+      launch(work, x, aligned_fours(work.x) && aligned_fours(work.out), draws);
+    });
+  }
+
+  static void transpose(const Tensor& x, const Format& format, int64_t rounding, bool saturate, const Source& source,
+                        const MaybeTensor& rows, const MaybeTensor& columns) {
+    const int64_t height = x.size(x.dim() - 2), width = x.size(x.dim() - 1);
+    const auto array = [](const MaybeTensor& out) { return out ? Array(*out) : Array(); };
+    const auto values = [&](const MaybeTensor& out) { return out && out->scalar_type() == x.scalar_type(); };
+    const Matrices m{Array(x),        array(rows), array(columns), values(rows),
+                     values(columns), height,      width,          x.numel() / (height * width)};
+    if (byte_tiles_fit(m)) return transpose_bytes_of(x, format, rounding, saturate, source, m);
+    const Layout own = layout_of(x.scalar_type()), to = Layout::of(format);
+    const AnyCast cast{own, {to, rounding, saturate || format.specials == Specials::finite}, {to, own}};
+    launch_tiles(transpose_any, kThreads, cast, x, m, tiles_of(m, kSide, kSide),
+                 Draws(x, source, cast.round.choice.random));
+  }
+
+ private:
+  static void transpose_bytes_of(const Tensor& x, const Format& format, int64_t rounding, bool saturate,
+                                 const Source& source, const Matrices& m) {
+    for_rounding(rounding, [&](auto mode) {
+      for_container(x.scalar_type(), [&](auto container) {
+        using D = decltype(container);
+        if constexpr (sizeof(typename D::Bits) <= 4) {
+          const ByteCast<D, decltype(mode)> cast(format, saturate, m.row_values);
+          launch_tiles(transpose_bytes_kernel<D, decltype(mode)>, kTileThreads, cast, x, m,
+                       tiles_of(m, kTileRows, kTileColumns), Draws(x, source, decltype(mode)::random));
+        }
+      });
+    });
+  }
+
+  template <class Kernel, class Cast>
+  static void launch_tiles(Kernel kernel, int threads, const Cast& cast, const Tensor& x, const Matrices& m,
+                           int64_t tiles, const Draws& draws) {
+    const DeviceGuard guard(x.get_device_index());
+    const int64_t most = multiprocessors(x.get_device_index()) * kBlocksPerMultiprocessor;
+    kernel<<<static_cast<int>(std::min(tiles, most)), threads, 0, current_stream(x)>>>(cast, m, tiles, draws);
+    check_cuda(cudaGetLastError());
+  }
+};
+
+STABLE_TORCH_LIBRARY_IMPL(lowprec, CUDA, library) { register_fused<Cuda>(library); }
+
+}  // namespace
+}  // namespace lowprec
