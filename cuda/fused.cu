@@ -3,64 +3,31 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "lowprec/convert.h"
+#include "lowprec/cast_kernel.h"
 #include "lowprec/fused_ops.h"
 #include "lowprec/inline.h"
+#include "lowprec/launch.h"
 #include "lowprec/philox.h"
+#include "lowprec/quick.h"
 
 namespace lowprec {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int64_t kBlocksPerMultiprocessor = 32;  // several times what it holds, so that none ends early
 
-/// A 64-bit word that a kernel reads when it runs, where it is on the device: a replayed graph sees its new value. From
-/// the CPU it is read at the launch.
-struct Word {
-  const int64_t* pointer = nullptr;
-  int64_t value = 0;
-
-  Word(const Tensor& x, const MaybeTensor& word) {
-    if (!word) return;
-    STD_TORCH_CHECK(word->is_cpu() || word->device() == x.device(),
-                    "seed and offset must be on the CPU or on the device of x");
-    const auto* at = static_cast<const int64_t*>(word->const_data_ptr());
-    if (word->is_cpu()) {
-      value = *at;
-    } else {
-      pointer = at;
-    }
-  }
-
-  __device__ uint64_t read() const { return static_cast<uint64_t>(pointer ? *pointer : value); }
-};
-
-/// What stochastic rounding draws from.
-struct Draws {
-  Word seed;
-  Word offset;
-  int bits;
-  bool random;
-
-  Draws(const Tensor& x, const Source& source, bool random)
-      : seed(x, source.seed), offset(x, source.offset), bits(source.bits), random(random) {}
-};
-
 /// The words of elements, by their index; zeros where nothing is drawn.
-struct Draw {
+struct AnyDraw {
   uint64_t seed;
   uint64_t offset;
   int bits;
   bool random;
 
-  __device__ explicit Draw(const Draws& from)
-      : seed(from.seed.read()), offset(from.offset.read()), bits(from.bits), random(from.random) {}
+  __device__ AnyDraw(const DeviceDraws& from, bool random)
+      : seed(from.seed.read()), offset(from.offset.read()), bits(from.bits), random(random) {}
 
   /// Of four elements, from a multiple of four on.
   __device__ Words four(int64_t index) const { return random ? draw_four(bits, seed, offset, index) : Words{}; }
-  __device__ uint32_t one(int64_t index) const {
-    return random ? select(four(index - index % 4), static_cast<int>(index % 4)) : 0;
-  }
+  __device__ uint32_t one(int64_t index) const { return random ? draw_one(bits, seed, offset, index) : 0; }
 };
 
 // Elements of any width, as 64-bit words.
@@ -191,8 +158,8 @@ struct Activations {
 /// The first `quads` fours, then what elements are left one by one.
 template <class Work>
 __global__ void __launch_bounds__(kThreads)
-    fused_kernel(const Work work, int64_t count, int64_t quads, const Draws draws) {
-  const Draw draw(draws);
+    fused_kernel(const Work work, int64_t count, int64_t quads, const DeviceDraws draws) {
+  const AnyDraw draw(draws, work.op.round.choice.random);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t quad = thread; quad < quads; quad += threads) work.four(quad, draw.four(4 * quad));
@@ -207,7 +174,7 @@ int multiprocessors(int device) {
 }
 
 template <class Work>
-void launch(const Work& work, const Tensor& x, bool aligned, const Draws& draws) {
+void launch(const Work& work, const Tensor& x, bool aligned, const DeviceDraws& draws) {
   const DeviceGuard guard(x.get_device_index());
   const int64_t count = x.numel(), quads = aligned ? count / 4 : 0;
   const int64_t blocks = ((aligned ? quads : count) + kThreads) / kThreads;
@@ -261,9 +228,9 @@ struct AnyCast {
 constexpr int kSide = 32;
 
 __global__ void __launch_bounds__(kThreads)
-    transpose_any(const AnyCast cast, const Matrices m, int64_t tiles, const Draws draws) {
+    transpose_any(const AnyCast cast, const Matrices m, int64_t tiles, const DeviceDraws draws) {
   __shared__ uint64_t staged[kSide][kSide + 1];
-  const Draw draw(draws);
+  const AnyDraw draw(draws, cast.round.choice.random);
   const int lane = threadIdx.x % kSide, first = threadIdx.x / kSide;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const Corner at(tile, m, kSide, kSide);
@@ -285,30 +252,37 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// Casts a number of dtype D, as float32, to a value and a code of up to 8 bits. Where both are wanted, the code is
-/// that of the value, which needs no rounding.
+/// Casts to values in dtype D and to codes of up to 8 bits, for as many elements as 16 bytes hold: the quick way, and
+/// the one for what that does not serve. Where both are wanted, the code is that of the value, which needs no rounding.
 template <class D, class Mode>
 struct ByteCast {
-  Quantize<Float32, Mode> quantize;
-  Encode<Float32, TowardZero, uint8_t> exact;
-  Encode<Float32, Mode, uint8_t> encode;
+  Quick<Quantize<D, Mode>> quantize;
+  Quick<Encode<D, TowardZero, uint8_t>> exact;
+  Quick<Encode<D, Mode, uint8_t>> encode;
+  AnyCast any;
   bool values;
+  bool quick;
 
-  /// A format that float32 does not hold has no values; any other stands in for it.
-  ByteCast(const Format& format, bool saturate, bool values)
-      : quantize(values ? format : Format{4, 3, 7, Specials::finite, true}, saturate),
-        exact(format, saturate),
-        encode(format, saturate),
-        values(values) {}
+  static constexpr int width = 16 / sizeof(typename D::Bits);
+  using Values = Chunk<typename D::Bits, width>;
+  using Codes = Chunk<uint8_t, width>;
 
-  __device__ uint8_t apply(typename D::Bits& x, uint32_t word) const {
-    NoTally none;
-    const uint32_t wide = widen<D, Float32>(x);
-    if (!values) return encode(wide, word, none);
-    const uint32_t rounded = quantize(wide, word, none);
-    x = narrow<Float32, D>(rounded);
-    return exact(rounded, 0, none);
+  ByteCast(const Format& format, bool saturate, bool values, const AnyCast& any)
+      : quantize(format, saturate), exact(format, saturate), encode(format, saturate), any(any), values(values) {
+    quick = encode.usable && (!values || quantize.usable);
   }
+
+  /// Values take the place of x. False, with neither of use, where an element is not served.
+  __device__ bool try_apply(Values& x, int64_t index, const AnyDraw& draw, Codes& codes) const {
+    ChunkWords<Quantize<D, Mode>> words{};
+    if constexpr (Mode::random) lowprec::draw<width>(draw.bits, draw.seed, draw.offset, index, words.at);
+    if (!values) return encode.template try_apply<false>(x, reinterpret_cast<const EncodeWords&>(words), codes);
+    if (!quantize.template try_apply<false>(x, words, x)) return false;
+    return exact.template try_apply<false>(x, ChunkWords<Encode<D, TowardZero, uint8_t>>{}, codes);
+  }
+
+ private:
+  using EncodeWords = ChunkWords<Encode<D, Mode, uint8_t>>;
 };
 
 // A tile of bytes: a thread packs the codes of four neighbours in a row into a word, then takes the words of 16 rows
@@ -333,17 +307,23 @@ __device__ void transpose_bytes(const uint32_t (&rows)[4], uint32_t (&columns)[4
   columns[3] = __byte_perm(high01, high23, 0x7632);
 }
 
-/// 16 bytes of x: elements that a thread casts at a time.
-template <class D>
-struct alignas(16) Chunk {
-  static constexpr int width = 16 / sizeof(typename D::Bits);
-  typename D::Bits at[width];
-};
+/// What the quick way does not serve: a few elements from memory to memory.
+__device__ __noinline__ void cast_slowly(const AnyCast& cast, const Matrices& m, int64_t begin, int count,
+                                         const AnyDraw& draw, uint8_t* staged) {
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    uint64_t value, code;
+    cast.apply(load_one(m.x, begin + i), draw.one(begin + i), value, code);
+    if (m.rows.data) store_one(m.rows, begin + i, m.row_values ? value : code);
+    staged[i] = static_cast<uint8_t>(code);
+  }
+}
 
 template <class D, class Mode>
-__device__ void cast_tile(const ByteCast<D, Mode>& cast, const Matrices& m, const Corner& at, const Draw& draw,
+__device__ void cast_tile(const ByteCast<D, Mode>& cast, const Matrices& m, const Corner& at, const AnyDraw& draw,
                           uint32_t* staged) {
-  constexpr int width = Chunk<D>::width, across = kTileColumns / width, down = kTileThreads / across;
+  using Cast = ByteCast<D, Mode>;
+  constexpr int width = Cast::width, across = kTileColumns / width, down = kTileThreads / across;
   constexpr int steps = kTileRows / down, together = 4;
   const int column = threadIdx.x % across * width, first = threadIdx.x / across;
   if (at.column + column >= m.width) return;
@@ -351,34 +331,30 @@ __device__ void cast_tile(const ByteCast<D, Mode>& cast, const Matrices& m, cons
   const auto* x = static_cast<const typename D::Bits*>(m.x.data);
 #pragma unroll 1
   for (int step = 0; step < steps; step += together) {
-    Chunk<D> chunks[together];
+    typename Cast::Values chunks[together];
 #pragma unroll
     for (int k = 0; k < together; ++k) {
       const int row = first + (step + k) * down;
-      if (at.row + row < m.height) chunks[k] = *reinterpret_cast<const Chunk<D>*>(x + corner + row * m.width);
+      if (at.row + row < m.height)
+        chunks[k] = *reinterpret_cast<const typename Cast::Values*>(x + corner + row * m.width);
     }
 #pragma unroll
     for (int k = 0; k < together; ++k) {
       const int row = first + (step + k) * down;
       const int64_t i = corner + row * m.width;
       if (at.row + row >= m.height) break;
-      uint32_t codes[width / 4];
-#pragma unroll
-      for (int j = 0; j < width; j += 4) {
-        const Words words = Mode::random ? draw.four(i + j) : Words{};
-        uint32_t packed = 0;
-#pragma unroll
-        for (int n = 0; n < 4; ++n) packed |= uint32_t{cast.apply(chunks[k].at[j + n], words.word[n])} << (8 * n);
-        codes[j / 4] = packed;
-        staged[staged_at(row, (column + j) / 4)] = packed;
+      uint32_t* words = staged + staged_at(row, column / 4);
+      typename Cast::Codes codes;
+      if (!cast.quick || !cast.try_apply(chunks[k], i, draw, codes)) {
+        cast_slowly(cast.any, m, i, width, draw, reinterpret_cast<uint8_t*>(words));
+        continue;
       }
+      *reinterpret_cast<typename Cast::Codes*>(words) = codes;
       if (!m.rows.data) continue;
       if (m.row_values) {
-        *reinterpret_cast<Chunk<D>*>(static_cast<typename D::Bits*>(m.rows.data) + i) = chunks[k];
+        *reinterpret_cast<typename Cast::Values*>(static_cast<typename D::Bits*>(m.rows.data) + i) = chunks[k];
       } else {
-        auto* to = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(m.rows.data) + i);
-#pragma unroll
-        for (int j = 0; j < width / 4; ++j) to[j] = codes[j];
+        *reinterpret_cast<typename Cast::Codes*>(static_cast<uint8_t*>(m.rows.data) + i) = codes;
       }
     }
   }
@@ -416,10 +392,11 @@ __device__ void write_columns(const Matrices& m, const Corner& at, const uint32_
 }
 
 template <class D, class Mode>
-__global__ void __launch_bounds__(kTileThreads)
-    transpose_bytes_kernel(const ByteCast<D, Mode> cast, const Matrices m, int64_t tiles, const Draws draws) {
-  __shared__ uint32_t staged[kTileRows * kQuads + kTileRows / kRowsAtOnce * kShift];
-  const Draw draw(draws);
+__global__ void __launch_bounds__(kTileThreads, 5)
+    transpose_bytes_kernel(const __grid_constant__ ByteCast<D, Mode> cast, const __grid_constant__ Matrices m,
+                           int64_t tiles, const DeviceDraws draws) {
+  __shared__ alignas(16) uint32_t staged[kTileRows * kQuads + kTileRows / kRowsAtOnce * kShift];
+  const AnyDraw draw(draws, Mode::random);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const Corner at(tile, m, kTileRows, kTileColumns);
     cast_tile(cast, m, at, draw, staged);
@@ -455,12 +432,12 @@ struct Cuda {
   static void accumulate(const Accumulate& op, const Tensor& y, const Tensor& x, const Source& source) {
     const Sums work{op, Array(y), Array(x)};
     const bool aligned = aligned_fours(work.y) && aligned_fours(work.x);
-    launch(work, y, aligned, Draws(y, source, op.round.choice.random));
+    launch(work, y, aligned, device_draws(y, source));
   }
 
   static void activate(const Activate& op, Activation kind, const Tensor& x, const Tensor& out, const Affine& affine,
                        const Source& source) {
-    const Draws draws(x, source, op.round.choice.random);
+    const DeviceDraws draws = device_draws(x, source);
     for_activation(kind, [&](auto chosen) {
       const Activations<decltype(chosen)::value> work{op, Array(x), Array(out), affine};
       launch(work, x, aligned_fours(work.x) && aligned_fours(work.out), draws);
@@ -474,31 +451,28 @@ struct Cuda {
     const auto values = [&](const MaybeTensor& out) { return out && out->scalar_type() == x.scalar_type(); };
     const Matrices m{Array(x),        array(rows), array(columns), values(rows),
                      values(columns), height,      width,          x.numel() / (height * width)};
-    if (byte_tiles_fit(m)) return transpose_bytes_of(x, format, rounding, saturate, source, m);
     const Layout own = layout_of(x.scalar_type()), to = Layout::of(format);
-    const AnyCast cast{own, {to, rounding, saturate || format.specials == Specials::finite}, {to, own}};
-    launch_tiles(transpose_any, kThreads, cast, x, m, tiles_of(m, kSide, kSide),
-                 Draws(x, source, cast.round.choice.random));
-  }
-
- private:
-  static void transpose_bytes_of(const Tensor& x, const Format& format, int64_t rounding, bool saturate,
-                                 const Source& source, const Matrices& m) {
+    const AnyCast any{own, {to, rounding, saturate || format.specials == Specials::finite}, {to, own}};
+    const DeviceDraws draws = device_draws(x, source);
+    if (!byte_tiles_fit(m)) {
+      return launch_tiles(transpose_any, kThreads, any, x, m, tiles_of(m, kSide, kSide), draws);
+    }
     for_rounding(rounding, [&](auto mode) {
       for_container(x.scalar_type(), [&](auto container) {
         using D = decltype(container);
         if constexpr (sizeof(typename D::Bits) <= 4) {
-          const ByteCast<D, decltype(mode)> cast(format, saturate, m.row_values);
+          const ByteCast<D, decltype(mode)> cast(format, saturate, m.row_values, any);
           launch_tiles(transpose_bytes_kernel<D, decltype(mode)>, kTileThreads, cast, x, m,
-                       tiles_of(m, kTileRows, kTileColumns), Draws(x, source, decltype(mode)::random));
+                       tiles_of(m, kTileRows, kTileColumns), draws);
         }
       });
     });
   }
 
+ private:
   template <class Kernel, class Cast>
   static void launch_tiles(Kernel kernel, int threads, const Cast& cast, const Tensor& x, const Matrices& m,
-                           int64_t tiles, const Draws& draws) {
+                           int64_t tiles, const DeviceDraws& draws) {
     const DeviceGuard guard(x.get_device_index());
     const int64_t most = multiprocessors(x.get_device_index()) * kBlocksPerMultiprocessor;
     kernel<<<static_cast<int>(std::min(tiles, most)), threads, 0, current_stream(x)>>>(cast, m, tiles, draws);
