@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
@@ -41,19 +45,29 @@ def report(model: nn.Module) -> Report:
 
 @dataclass(frozen=True)
 class Count:
-    """What rounding did to the tensors of one role.
+    """What rounding did to the tensors of one role. Sums are over finite elements; see docs/statistics.md.
 
     Attributes:
         elements: how many were rounded.
         saturated: how many rounded past the largest finite magnitude, whether they then became it or infinite.
         flushed: how many were nonzero and became zero.
         nan: how many were NaN.
+        amax: the largest |x|.
+        absolute: Σ|x|.
+        total: Σx.
+        squares: Σx².
+        error: Σ(result - x)².
     """
 
     elements: int = 0
     saturated: int = 0
     flushed: int = 0
     nan: int = 0
+    amax: float = 0.0
+    absolute: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+    error: float = 0.0
 
     def __add__(self, other: Count) -> Count:
         return Count(
@@ -61,6 +75,11 @@ class Count:
             self.saturated + other.saturated,
             self.flushed + other.flushed,
             self.nan + other.nan,
+            max(self.amax, other.amax),
+            self.absolute + other.absolute,
+            self.total + other.total,
+            self.squares + other.squares,
+            self.error + other.error,
         )
 
     @property
@@ -70,6 +89,28 @@ class Count:
     @property
     def flushed_percent(self) -> float:
         return 100 * self.flushed / max(self.elements, 1)
+
+    @property
+    def mean(self) -> float:
+        """Of |x|, infinities counted as zeros; NaN without elements."""
+        return self._per_number(self.absolute)
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation of x, infinities counted as zeros; NaN without elements."""
+        variance = self._per_number(self.squares) - self._per_number(self.total) ** 2
+        return math.sqrt(max(variance, 0.0)) if self.elements > self.nan else math.nan
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise in decibels: inf where rounding was exact, NaN without a signal."""
+        if not self.error:
+            return math.inf if self.squares else math.nan
+        return 10 * math.log10(self.squares / self.error) if self.squares else -math.inf
+
+    def _per_number(self, total: float) -> float:
+        numbers = self.elements - self.nan
+        return total / numbers if numbers else math.nan
 
 
 @dataclass(frozen=True)
@@ -82,6 +123,7 @@ class Row:
         formats: of each role as a string, None for full precision.
         calls: how often it ran.
         counts: for each role.
+        codes: for each role how often each code came out, of formats up to 8 bits: all ops of the module together.
     """
 
     path: str
@@ -89,6 +131,7 @@ class Row:
     formats: Formats
     calls: int
     counts: dict[str, Count]
+    codes: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def forward(self) -> Count:
@@ -99,6 +142,29 @@ class Row:
     def gradient(self) -> Count:
         """dY, dW and the bias gradient together."""
         return self.counts["activation_grad"] + self.counts["weight_grad"]
+
+    def entropy(self, role: str) -> float:
+        """Bits of entropy in a role's codes, all ops of the module together; NaN where none were counted."""
+        codes = np.array(self.codes.get(role, ()), dtype=np.float64)
+        share = codes[codes > 0] / max(codes.sum(), 1)
+        return float(-(share * np.log2(share)).sum() + 0.0) if len(share) else math.nan
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All of it, a flat dictionary for each role that has a format."""
+        for role, format in zip(ROLES, self.formats, strict=True):
+            if format is not None:
+                yield {
+                    "path": self.path,
+                    "kind": self.kind,
+                    "role": role,
+                    "format": format,
+                    "calls": self.calls,
+                    **{name: getattr(self.counts[role], name) for name in _RECORDED},
+                    "code_entropy": self.entropy(role),
+                }
+
+
+_RECORDED = ("elements", "saturated", "flushed", "nan", "amax", "mean", "std", "sqnr_db")
 
 
 @dataclass(frozen=True)
@@ -121,9 +187,47 @@ class Report:
     elementwise: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n".join([*_legend(self.rows), "", *_table(self.rows), "", *self._remarks()])
+        tables = [*_table(self.rows, _named_with_calls, _LOSSES), "", *_table(self.rows, _named, _NOISE)]
+        return "\n".join([*_legend(self.rows), "", *tables, "", *self._remarks()])
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every statistic, as a flat dictionary for each op and role that has a format: what JSON and tables take."""
+        return [record for row in self.rows for record in row.records()]
+
+    def frame(self) -> Any:
+        """The records as a pandas DataFrame; ImportError where pandas is not installed."""
+        try:
+            pandas = import_module("pandas")
+        except ImportError as error:
+            raise ImportError("frame() needs pandas: install it, or use records()") from error
+        return pandas.DataFrame(self.records())
+
+    def write(self, writer: Any, step: int | None = None, *, prefix: str = "lowprec") -> None:
+        """Write every statistic as a scalar, and the codes of each role as a histogram.
+
+        Tags are `<prefix>/<module path>/<op>/<role>/<statistic>` and `<prefix>/<module path>/<role>/codes`. Codes are
+        numbered by magnitude, negative ones below zero. What has no number is left out.
+
+        Args:
+            writer: a `torch.utils.tensorboard.SummaryWriter`, or anything with its `add_scalar` and
+                `add_histogram_raw`.
+            step: of training.
+            prefix: of every tag.
+        """
+        for record in self.records():
+            where = f"{prefix}/{_name(record['path'])}/{record['kind']}/{record['role']}"
+            for name, value in _scalars(record):
+                writer.add_scalar(f"{where}/{name}", value, step)
+        for row in {row.path: row for row in self.rows}.values():
+            for role, codes in row.codes.items():
+                if any(codes):
+                    tag = f"{prefix}/{_name(row.path)}/{role}/codes"
+                    writer.add_histogram_raw(tag, **_histogram(codes), global_step=step)
 
     def _remarks(self) -> Iterator[str]:
+        nans = [f"{r['nan']} in {r['role']} of {_name(r['path'])}" for r in self.records() if r["nan"]]
+        if nans:
+            yield f"NaN: {_listed(nans)}."
         yield "NOT covered: " + ("; ".join(self.not_covered) or "nothing that was seen") + "."
         if self.overridden:
             yield f"Full precision, by an override: {_listed(self.overridden)}."
@@ -164,10 +268,11 @@ def _wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region | None]]
 
 def _rows(path: str, module: nn.Module, region: Region) -> Iterator[Row]:
     own = _kind_of(module)
+    codes = {role: tuple(row) for role, row in zip(ROLES, region.codes.tolist(), strict=True) if any(row)}
     for kind, calls, roles in zip(KINDS, region.calls.tolist(), region.stats.tolist(), strict=True):
         if calls or kind == own:
-            counts = {role: Count(*map(int, row[:4])) for role, row in zip(ROLES, roles, strict=True)}
-            yield Row(path, kind, region.formats, calls, counts)
+            counts = {role: Count(*map(int, row[:4]), *row[4:]) for role, row in zip(ROLES, roles, strict=True)}
+            yield Row(path, kind, region.formats, calls, counts, codes)
 
 
 def _kind_of(module: nn.Module) -> str | None:
@@ -184,7 +289,8 @@ def _holds_parameters(module: nn.Module) -> bool:
 # Writing it down.
 
 _SHORT = ("a", "w", "da", "dw")
-_HEAD = ("module", "op", "formats", "calls", *_SHORT, *_SHORT)
+_Column = tuple[str, Callable[[Row, str], str]]
+"""A heading over four columns, one for each role, and what stands there."""
 
 
 def _legend(rows: Sequence[Row]) -> Iterator[str]:
@@ -199,32 +305,86 @@ def _policies(rows: Sequence[Row]) -> list[Formats]:
     return list(dict.fromkeys(row.formats for row in rows))
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
-    """Aligned lines: names to the left, numbers to the right, two groups of percentages under their headings."""
-    policies = _policies(rows)
-    cells = [_HEAD, *(_cells(row, policies.index(row.formats) + 1) for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_HEAD))]
-    widths[4:] = [max(6, width) for width in widths[4:]]
-    lines = ["  ".join(_aligned(i, cell, widths[i]) for i, cell in enumerate(line)).rstrip() for line in cells]
-    left, group = sum(widths[:4]) + 2 * 4, sum(widths[4:8]) + 2 * 4
-    return [" " * left + "saturated %".ljust(group) + "flushed to zero %", *lines]
+def _table(rows: Sequence[Row], names: _Names, columns: Sequence[_Column]) -> list[str]:
+    """Aligned lines: names to the left, numbers to the right, in groups under their headings."""
+    heads, cells_of = names
+    cells = [(*heads, *_SHORT * len(columns))]
+    for row in rows:
+        numbers = [text(row, role) for _, text in columns for role in ROLES]
+        cells.append((*cells_of(row, _policies(rows)), *numbers))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    widths[len(heads) :] = [max(6, width) for width in widths[len(heads) :]]
+    left = {i for i, head in enumerate(heads) if head != "calls"}
+    lines = [
+        "  ".join(cell.ljust(widths[i]) if i in left else cell.rjust(widths[i]) for i, cell in enumerate(line)).rstrip()
+        for line in cells
+    ]
+    above = " " * sum(2 + width for width in widths[: len(heads)])
+    for n, (heading, _) in enumerate(columns):
+        first = len(heads) + 4 * n
+        above += heading.ljust(sum(2 + width for width in widths[first : first + 4]))
+    return [above.rstrip(), *lines]
 
 
-def _aligned(column: int, cell: str, width: int) -> str:
-    return cell.ljust(width) if column < 3 else cell.rjust(width)
+_Names = tuple[tuple[str, ...], Callable[[Row, list[Formats]], tuple[str, ...]]]
+"""Headings of a table's first columns, and what stands there."""
 
-
-def _cells(row: Row, policy: int) -> tuple[str, ...]:
-    counts = [row.counts[role] for role in ROLES]
-    saturated = [_percent(count.saturated_percent, count) for count in counts]
-    flushed = [_percent(count.flushed_percent, count) for count in counts]
-    return _name(row.path), row.kind, f"[{policy}]", str(row.calls), *saturated, *flushed
+_named: _Names = (("module", "op"), lambda row, _: (_name(row.path), row.kind))
+_named_with_calls: _Names = (
+    ("module", "op", "formats", "calls"),
+    lambda row, policies: (_name(row.path), row.kind, f"[{policies.index(row.formats) + 1}]", str(row.calls)),
+)
 
 
 def _percent(value: float, count: Count) -> str:
     if not count.elements:
         return "-"
     return "<0.01" if 0 < value < 0.005 else f"{value:.2f}"
+
+
+def _decimal(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1f}"
+
+
+_LOSSES: Sequence[_Column] = (
+    ("saturated %", lambda row, role: _percent(row.counts[role].saturated_percent, row.counts[role])),
+    ("flushed to zero %", lambda row, role: _percent(row.counts[role].flushed_percent, row.counts[role])),
+)
+_NOISE: Sequence[_Column] = (
+    ("signal to noise, dB", lambda row, role: _decimal(row.counts[role].sqnr_db)),
+    ("code entropy, bits", lambda row, role: _decimal(row.entropy(role))),
+)
+
+
+def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a record, counts as percentages of the elements."""
+    if not record["elements"]:
+        return
+    for name in ("saturated", "flushed", "nan"):
+        yield f"{name}_percent", 100 * record[name] / record["elements"]
+    for name in ("amax", "mean", "std", "sqnr_db", "code_entropy"):
+        if math.isfinite(record[name]):
+            yield name, record[name]
+
+
+def _histogram(codes: tuple[int, ...]) -> dict[str, Any]:
+    """A histogram of codes as `add_histogram_raw` takes it: code c, without its sign bit, stands at ±c."""
+    half = len(codes) // 2
+    counts = np.array([*reversed(codes[half:]), *codes[:half]], dtype=np.float64)
+    places = np.array([*range(1 - half, 1), *range(half)], dtype=np.float64)
+    # Each bin ends halfway to the next; those of the two zeros are one.
+    counts[half] += counts[half - 1]
+    counts, places = np.delete(counts, half - 1), np.delete(places, half - 1)
+    seen = places[counts > 0]
+    return {
+        "min": float(seen.min()),
+        "max": float(seen.max()),
+        "num": float(counts.sum()),
+        "sum": float((counts * places).sum()),
+        "sum_squares": float((counts * places**2).sum()),
+        "bucket_limits": (places + 0.5).tolist(),
+        "bucket_counts": counts.tolist(),
+    }
 
 
 def _name(path: str) -> str:

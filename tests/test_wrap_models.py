@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -234,9 +235,11 @@ def test_compiled_whole(name: str) -> None:
     step(once := lp.wrap(copy.deepcopy(model), FP8), x)
     counted = {(row.path, row.kind): row.counts for row in lp.report(model).rows}
     for row in lp.report(once).rows:
-        twice = {role: count + count for role, count in row.counts.items()}
-        if name != "resnet":  # whose batch norms have moved on
-            assert counted[row.path, row.kind] == twice
+        for role, count in row.counts.items():
+            if name != "resnet":  # whose batch norms have moved on
+                # A role's sums add up several tensors, here in another order: exact but for their last bits.
+                twice = pytest.approx(astuple(count + count), rel=1e-12)
+                assert astuple(counted[row.path, row.kind][role]) == twice
 
 
 def test_inductor() -> None:
