@@ -429,7 +429,7 @@ def test_a_shard_draws_the_words_of_the_whole(data: st.DataObject) -> None:
 
 
 def test_sharded_equals_unsharded(tmp_path: Path) -> None:
-    """DTensors and FSDP2 in two processes, sharded evenly and unevenly in either dimension."""
+    """DTensors and FSDP2 in two processes, sharded evenly and unevenly in either dimension; then a resumed run."""
     torch.multiprocessing.spawn(shards.run, (2, tmp_path), nprocs=2)
 
 
