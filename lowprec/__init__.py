@@ -13,6 +13,7 @@ from lowprec.measure import Statistics, measure
 from lowprec.policy import Policy, recipes
 from lowprec.report import report
 from lowprec.rounding import Rounding
+from lowprec.suggest import suggest
 from lowprec.wrap import unwrap, wrap
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "recipes",
     "report",
     "save_packed",
+    "suggest",
     "unwrap",
     "wrap",
 ]

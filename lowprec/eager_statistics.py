@@ -22,7 +22,7 @@ ROWS = 16
 PAGE = LANES * ROWS
 
 _AMAX = FIELDS.index("amax")
-_LEAST = (1023 - 448) << 52
+LEAST = (1023 - 448) << 52
 """The bits of 2^-448: smaller float64 magnitudes count as zero in sums, or a square or difference might be subnormal,
 which modes of the machine change."""
 
@@ -96,7 +96,7 @@ def numbers(x: Tensor) -> Tensor:
     """The elements of a float tensor as sums take them: float64, zero where infinite or NaN."""
     if x.dtype == torch.float64:
         magnitude = x.view(torch.int64) & ~(-1 << 63)
-        counts = (magnitude >= _LEAST) & (magnitude < 2047 << 52)
+        counts = (magnitude >= LEAST) & (magnitude < 2047 << 52)
         return torch.where(counts, x.view(torch.int64), 0).view(torch.float64)
     parts = unpack(x)
     # Both factors and the product are normal numbers of float64, or zero.

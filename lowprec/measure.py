@@ -100,10 +100,10 @@ def measure(
         _ops.quantize_block_statistics(x, *args, stats, codes)
     else:
         _ops.quantize_statistics(x, *args, None, stats, codes)
-    return _conclude(stats, codes, x.isfinite().sum())
+    return conclude(stats, codes, x.isfinite().sum())
 
 
-def _conclude(stats: Tensor, codes: Tensor | None, finite: Tensor) -> Statistics:
+def conclude(stats: Tensor, codes: Tensor | None, finite: Tensor) -> Statistics:
     """The statistics that a vector and a histogram of codes stand for."""
     count, saturated, flushed, nan = stats[:4].to(torch.int64).unbind()
     amax, absolute, total, squares, error = stats[4:].unbind()

@@ -39,6 +39,7 @@ LAYERS = (
     {"entry"},
     {"states"},
     {"wrap", "report"},
+    {"suggest"},
     {""},
     {"tables"},
     {"ruler"},
