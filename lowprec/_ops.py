@@ -314,6 +314,7 @@ accumulate_ = torch.ops.lowprec.accumulate_.default
 draw_seed = torch.ops.lowprec.draw_seed.default
 
 # Gradients that torch has as operators alone.
+convolution_back = torch.ops.aten.convolution_backward.default
 layer_norm_back = torch.ops.aten.native_layer_norm_backward.default
 sigmoid_back = torch.ops.aten.sigmoid_backward.default
 tanh_back = torch.ops.aten.tanh_backward.default

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowprec.blocked import factor, finish, times
 from lowprec.products import Handler, linear
 from lowprec.roles import Roles
 
@@ -53,14 +54,31 @@ def _attend(
     The scale is applied to the scores, so that q and k are rounded as they come. Probabilities are computed in at
     least float32 and rounded from there. A query to which every key is masked gets zero.
     """
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    if roles.blocks:
+        return _attend_in_blocks(roles, (query, key, value), mask, dropout, scale, groups)
     query, key, value = roles.operand(query), roles.operand(key), roles.operand(value)
     if groups > 1:
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    scores = roles.result(query @ key.mT) * (query.size(-1) ** -0.5 if scale is None else scale)
+    scores = roles.result(query @ key.mT) * scale
     probabilities = _softmax(scores, mask)
     if dropout > 0:
         probabilities = F.dropout(probabilities, dropout)
     return roles.result(roles.operand(probabilities).to(value.dtype) @ value), probabilities
+
+
+def _attend_in_blocks(
+    roles: Roles, operands: tuple[Tensor, ...], mask: Tensor | None, dropout: float, scale: float, groups: int
+) -> tuple[Tensor, Tensor]:
+    """The same with the operands of both products in blocks along their contractions."""
+    query, key, value = (factor(roles, x) for x in operands)
+    if groups > 1:
+        key, value = (each.map(lambda x: x.repeat_interleave(groups, -3)) for each in (key, value))
+    scores = finish(roles, times(roles, query, key.map(lambda x: x.mT))) * scale
+    probabilities = _softmax(scores, mask)
+    dropped = F.dropout(probabilities, dropout) if dropout else probabilities
+    y = times(roles, factor(roles, dropped), value, dtype=value.x.dtype)
+    return finish(roles, y), probabilities
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:

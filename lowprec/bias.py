@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowprec import _ops, recompute
+from lowprec import _ops, block, recompute
 from lowprec.adapt import BIASES, CALLS, HEADER, SHIFT, new_state
+from lowprec.block import block_fields
 from lowprec.cast import RANDOM_BITS, FormatLike, apply, fields_of, quantize, require_float
 from lowprec.eager import shift_range
-from lowprec.formats import BlockFormat, FloatFormat, float_format, format
+from lowprec.formats import BlockFormat, FloatFormat, format
 from lowprec.rounding import Rounding
 
 _STOCHASTIC = Rounding.stochastic.number
@@ -161,10 +162,11 @@ class How(NamedTuple):
     least: int
     most: int
     stdv: float | None
+    dim: int | None
 
 
 def how_of(rule: str, dtype: torch.dtype) -> How:
-    """Read a rule with a float format for tensors of a dtype.
+    """Read a rule for tensors of a dtype; `fields` and `dim` are of a block format, or `dim` is None.
 
     Raises:
         ValueError: where the dtype cannot hold the format; with a measured bias, whatever that is.
@@ -178,10 +180,11 @@ def _how(rule: str, dtype: torch.dtype) -> How:
 
 
 def _read(text: str) -> How:
-    *numbers, stdv = text.split()
+    *numbers, stdv, dim = text.split()
     rounding, saturate, random_bits, kind, emax, pad, frequency, history, least, most, *fields = map(int, numbers)
-    m = None if stdv == "None" else float(stdv)
-    return How(fields, rounding, bool(saturate), random_bits, kind, emax, pad, frequency, history, least, most, m)
+    m, along = None if stdv == "None" else float(stdv), None if dim == "None" else int(dim)
+    rest = (kind, emax, pad, frequency, history, least, most, m, along)
+    return How(fields, rounding, bool(saturate), random_bits, *rest)
 
 
 @_ops.constant
@@ -192,12 +195,34 @@ def _describe(rule: str, dtype: torch.dtype) -> str:
 @lru_cache(maxsize=4096)
 def _described(text: str, dtype: torch.dtype) -> str:
     """A rule's numbers as a string, which `torch.compile` takes as a constant."""
-    rule, fmt = _parse(text), float_format(text.partition(" | ")[0])
-    if not rule.is_measured:
-        fields_of(fmt, dtype)
-    shifts = shift_range(fmt, dtype)
-    numbers = [rule.rounding.number, int(rule.saturate), rule.random_bits, BIASES.index(rule.bias), fmt.emax]
-    return " ".join(map(str, [*numbers, rule.pad, rule.frequency, rule.past, *shifts, *fmt.fields, rule.stdv]))
+    rule = _parse(text)
+    fmt = rule.fmt
+    dim: int | None = None
+    emax, shifts = 0, (0, 0)
+    if isinstance(fmt, BlockFormat):
+        block_fields(fmt, dtype)
+        dim = rule.dim
+    else:
+        emax, shifts = fmt.emax, shift_range(fmt, dtype)
+        if not rule.is_measured:
+            fields_of(fmt, dtype)
+    numbers = [rule.rounding.number, int(rule.saturate), rule.random_bits, BIASES.index(rule.bias), emax]
+    return " ".join(map(str, [*numbers, rule.pad, rule.frequency, rule.past, *shifts, *fmt.fields, rule.stdv, dim]))
+
+
+def is_block(rule: str) -> bool:
+    """Whether a rule has a block format."""
+    return _names_block(rule) if torch.compiler.is_compiling() else _has_block(rule)
+
+
+@_ops.constant
+def _names_block(rule: str) -> bool:
+    return _has_block(rule)
+
+
+@lru_cache(maxsize=1024)
+def _has_block(rule: str) -> bool:
+    return isinstance(_parse(rule).fmt, BlockFormat)
 
 
 def next_use(x: Tensor, how: How, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -274,12 +299,14 @@ class Cast(nn.Module):
         """Values in x's shape, dtype and strides."""
         rule = self.rule
         if not rule.has_state:
-            return quantize(x, float_format(rule.fmt), rounding=rule.rounding, saturate=rule.saturate)
+            return quantize(x, rule.fmt, rounding=rule.rounding, saturate=rule.saturate, dim=rule.dim)
         require_float("x", x)
         how = how_of(self._text, x.dtype)
         seed, offset, shift = next_use(x.detach(), how, self.state)
-        draws = draws_of(how, seed, offset)
-        return apply(x, how.fields, how.rounding, how.saturate, *draws, how.random_bits, shift=shift)
+        args = (how.rounding, how.saturate, *draws_of(how, seed, offset), how.random_bits)
+        if isinstance(rule.fmt, BlockFormat):
+            return block.quantize(x, (*block.call_of(str(rule.fmt), x, rule.dim), *args))
+        return apply(x, how.fields, *args, shift=shift)
 
     @property
     def emax(self) -> int:

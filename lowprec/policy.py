@@ -181,8 +181,11 @@ recipes: Mapping[str, Policy] = MappingProxyType(
             Cast("1-5-2:emax=1", bias="sampled"),
             Cast("1-5-2:emax=1", bias="sampled"),
         ),
+        "mxfp8": Policy("mxfp8_e4m3", "mxfp8_e4m3", "mxfp8_e5m2"),
+        "nvfp4": Policy("nvfp4", "nvfp4", Cast("nvfp4", rounding="stochastic")),
     }
 )
 """Ready policies by name. "bf16": every role, overflowing to infinity. "fp8": 1-4-3 forward up to 2^8, 1-5-2 gradients
 up to 2^1, saturating. "fp8-forward": the same forward, with a backward pass in full precision. "fp8-sampled": as "fp8",
-every tensor's bias measured on the schedule of 2017."""
+every tensor's bias measured on the schedule of 2017. "mxfp8": e4m3 forward and e5m2 gradients in blocks of 32 along
+each product's contraction. "nvfp4": e2m1 in blocks of 16, dY rounded stochastically, as in NVIDIA's recipe of 2025."""

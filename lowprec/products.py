@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowprec import contractions
+from lowprec.blocked import Geometry, convolve, factor, finish, term, times
+from lowprec.contractions import Contraction, contract, matmul
 from lowprec.roles import Roles, is_learnt
 
 Handler = Callable[..., Any]
@@ -24,12 +27,15 @@ def product(roles: Roles, function: Handler, *args: Any, **kwargs: Any) -> Tenso
     With `out=` torch's own rules hold: no gradient may be asked for.
     """
     operands = {name: value for name, value in kwargs.items() if name != "out"}
+    if roles.blocks:
+        y = contract(_CONTRACTIONS.get(function), roles, function, args, operands)
+        return y if kwargs.get("out") is None else torch.mul(y, 1, out=kwargs["out"])
     kwargs |= map_tensors(roles.operand, operands)
-    y: Tensor = function(*map_tensors(roles.operand, args), **kwargs)
+    y = function(*map_tensors(roles.operand, args), **kwargs)
     return roles.result(y) if kwargs.get("out") is None else y
 
 
-def added(op: Callable[[Tensor, Tensor], Tensor]) -> Handler:
+def added(op: Callable[[Tensor, Tensor], Tensor], contraction: Contraction) -> Handler:
     """The handler of alpha · (a op b) + beta · input.
 
     A learnt input is a bias: its gradient sums the rounded dY, and is rounded. Any other is a term added in full
@@ -47,21 +53,31 @@ def added(op: Callable[[Tensor, Tensor], Tensor]) -> Handler:
         alpha: float = 1,
         out: Tensor | None = None,
     ) -> Tensor:
-        y = op(roles.operand(a), roles.operand(b))
-        y = y if alpha == 1 else y * alpha
+        y = _scaled_product(roles, a, b, alpha)
         if beta == 0:  # torch then ignores the input, NaN and all
-            return torch.mul(roles.result(y), 1, out=out)
+            return torch.mul(finish(roles, y), 1, out=out)
         if not is_learnt(input):
-            return torch.add(roles.result(y), input, alpha=beta, out=out)
-        y = torch.add(y, roles.learnt(input).to(y.dtype), alpha=beta, out=out)
+            return torch.add(finish(roles, y), input, alpha=beta, out=out)
+        bias = roles.learnt(input).to(y.dtype)
+        if roles.blocks and roles.in_blocks("activation_grad"):
+            return torch.add(y, term(roles, bias, y), alpha=beta, out=out)
+        y = torch.add(y, bias, alpha=beta, out=out)
         return y if y is out else roles.result(y)
+
+    def _scaled_product(roles: Roles, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+        if roles.blocks:
+            blocked = contraction(roles, factor(roles, a), factor(roles, b), alpha)
+            assert blocked is not None
+            return blocked
+        y = op(roles.operand(a), roles.operand(b))
+        return y if alpha == 1 else y * alpha
 
     return handler
 
 
-def added_in_place(op: Callable[[Tensor, Tensor], Tensor]) -> Handler:
+def added_in_place(op: Callable[[Tensor, Tensor], Tensor], contraction: Contraction) -> Handler:
     """The handler of the same, written into the input."""
-    handler = added(op)
+    handler = added(op, contraction)
 
     def write(roles: Roles, function: Handler, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return input.copy_(handler(roles, function, input, *args, **kwargs))
@@ -76,13 +92,15 @@ def _addbmm(a: Tensor, b: Tensor) -> Tensor:
 
 def linear(roles: Roles, function: Handler, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Input · weightᵀ + bias, as `F.linear`."""
+    if roles.blocks:
+        return finish(roles, matmul(roles, factor(roles, input), factor(roles, weight, True).map(_transposed)), bias)
     return roles.result(function(roles.operand(input), roles.weight(weight)), bias)
 
 
 def bilinear(
     roles: Roles, function: Handler, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """input1ᵀ · weight · input2 + bias, as `F.bilinear`: one product of three operands."""
+    """input1ᵀ · weight · input2 + bias, as `F.bilinear`: one product of three operands, blocks along the last dims."""
     return roles.result(function(roles.operand(input1), roles.operand(input2), roles.weight(weight)), bias)
 
 
@@ -96,11 +114,76 @@ def convolution(
     **kwargs: Any,
 ) -> Tensor:
     """A convolution of torch's, in any number of dimensions, transposed or not."""
+    if roles.blocks:
+        return _blocked_convolution(roles, function, input, weight, bias, args, kwargs)
     y = function(roles.operand(input), roles.weight(weight), None, *args, **kwargs)
     if bias is None:
         return roles.result(y)
     y = y + roles.learnt(bias).to(y.dtype).view(-1, *[1] * (weight.dim() - 2))
     return roles.result(y)
+
+
+def _blocked_convolution(
+    roles: Roles,
+    function: Handler,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    n = weight.dim() - 2
+    names = _ARGUMENTS[
+        "general" if function is torch.convolution else "transposed" if _transposes(function) else "plain"
+    ]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    numbers = {name: _each_dimension(given.get(name, default), n) for name, default in _DEFAULTS.items()}
+    x = input if input.dim() == weight.dim() else input.unsqueeze(0)
+    padding = given.get("padding", 0)
+    if isinstance(padding, str):
+        x, numbers["padding"] = _padded(x, padding, weight, numbers["dilation"])
+    transposed = bool(given.get("transposed", _transposes(function)))
+    how = Geometry(**numbers, transposed=transposed, groups=given.get("groups", 1))
+    y = convolve(roles, factor(roles, x), factor(roles, weight, True), how)
+    if bias is not None:
+        learnt = roles.learnt(bias).to(y.dtype).view(-1, *[1] * n)
+        y = y + (term(roles, learnt, y, 1) if roles.in_blocks("activation_grad") else learnt)
+    y = finish(roles, y)
+    return y if x is input or input.dim() == weight.dim() else y.squeeze(0)
+
+
+_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+_ARGUMENTS = {
+    "plain": ("stride", "padding", "dilation", "groups"),
+    "transposed": ("stride", "padding", "output_padding", "groups", "dilation"),
+    "general": ("stride", "padding", "dilation", "transposed", "output_padding", "groups"),
+}
+"""What follows the bias in torch's three kinds of convolution."""
+
+
+def _transposes(function: Handler) -> bool:
+    return function in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def _each_dimension(value: Any, n: int) -> list[int]:
+    """One number for all of n dimensions, or one for each."""
+    if isinstance(value, str):
+        return [0] * n
+    values = [value] if isinstance(value, int) else list(value)
+    return values * n if len(values) == 1 else values
+
+
+def _padded(x: Tensor, padding: str, weight: Tensor, dilation: list[int]) -> tuple[Tensor, list[int]]:
+    """An input with what "same" adds to it, the larger half behind, and no padding left; "valid" adds nothing."""
+    n = weight.dim() - 2
+    if padding == "same":
+        totals = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+        x = F.pad(x, [part for total in reversed(totals) for part in (total // 2, total - total // 2)])
+    return x, [0] * n
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.t()
 
 
 def embedding(roles: Roles, function: Handler, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -146,14 +229,28 @@ def _both(name: str) -> list[Handler]:
 
 
 _MATRIX = ("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "outer", "ger", "kron", "chain_matmul")
-_ADDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "addmm": torch.mm,
-    "addmv": torch.mv,
-    "addr": torch.outer,
-    "baddbmm": torch.bmm,
-    "addbmm": _addbmm,
+_ADDED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Contraction]] = {
+    "addmm": (torch.mm, times),
+    "addmv": (torch.mv, contractions.addmv),
+    "addr": (torch.outer, contractions.addr),
+    "baddbmm": (torch.bmm, times),
+    "addbmm": (_addbmm, contractions.addbmm),
 }
 _LINALG = ("matmul", "multi_dot", "vecdot")
+_FORMS: dict[str, Contraction] = {
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot"), matmul),
+    **dict.fromkeys(("outer", "ger"), contractions.outer),
+    "inner": contractions.inner,
+}
+_CONTRACTIONS: dict[Handler, Contraction] = {
+    torch.einsum: contractions.einsum,
+    torch.tensordot: contractions.tensordot,
+    torch.linalg.matmul: matmul,
+    torch.linalg.vecdot: contractions.vecdot,
+    Tensor.__matmul__: matmul,
+    Tensor.__rmatmul__: contractions.reverse_matmul,
+}
+_CONTRACTIONS |= {function: form for name, form in _FORMS.items() for function in _both(name)}
 _CONVOLUTIONS = tuple(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
 
 HANDLERS: dict[Handler, tuple[str, Handler]] = {
@@ -170,6 +267,6 @@ HANDLERS: dict[Handler, tuple[str, Handler]] = {
 HANDLERS |= {function: (name, product) for name in _MATRIX for function in _both(name)}
 HANDLERS |= {getattr(torch.linalg, name): (name, product) for name in _LINALG}
 HANDLERS |= {getattr(F, name): (name, convolution) for name in _CONVOLUTIONS}
-HANDLERS |= {function: (name, added(op)) for name, op in _ADDED.items() for function in _both(name)}
-HANDLERS |= {function: (name, added_in_place(op)) for name, op in _ADDED.items() for function in _both(f"{name}_")}
+HANDLERS |= {function: (name, added(*op)) for name, op in _ADDED.items() for function in _both(name)}
+HANDLERS |= {function: (name, added_in_place(*op)) for name, op in _ADDED.items() for function in _both(f"{name}_")}
 """What is covered here: torch's function, the name that a report gives it, and its handler."""

@@ -13,11 +13,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowprec import _ops
+from lowprec.blocked import Pair, factor, gradient_roles, matmul, pair, uncounted
 from lowprec.products import Handler
-from lowprec.roles import Roles
+from lowprec.roles import AS_IT_IS, Roles, round_both
 
 State = tuple[Tensor, ...]
 """(h, c) of an LSTM, (h,) of the others; [N, features] each."""
+
+
+class Product:
+    """A product with one weight that every step makes with another state, by roles that all steps share.
+
+    Args:
+        roles: of the whole call.
+        weight: [gates, features], rounded here once for all steps.
+    """
+
+    def __init__(self, roles: Roles, weight: Tensor) -> None:
+        self.roles = roles
+        self.state = roles.forward("activation")
+        if roles.blocks:
+            self.pair = weight_pair(roles, weight)
+            self.again = uncounted(roles.forward("activation")) if roles.in_blocks("activation") else None
+            self.gradients = gradient_roles(roles)
+        else:
+            self.weight = roles.weight(weight)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """[N, features] -> [N, gates], its gradient yet to be rounded if that is not done in blocks."""
+        if not self.roles.blocks:
+            return F.linear(self.roles.activation(h, self.state), self.weight)
+        if self.again is None:
+            rounded = self.roles.activation(h, self.state)
+            return matmul(Pair(rounded, rounded), self.pair, self.gradients)
+        forward = round_both(h, self.state._replace(dim=-1), AS_IT_IS)
+        return matmul(Pair(forward, round_both(h, self.again._replace(dim=-2), AS_IT_IS)), self.pair, self.gradients)
 
 
 class Layer:
@@ -31,18 +61,34 @@ class Layer:
 
     def __init__(self, roles: Roles, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
         self.roles = roles
-        self.w_ih, self.w_hh, *self.projection = [roles.weight(w) for w in weights]
+        w_ih, *others = weights
+        self.w_ih = weight_pair(roles, w_ih) if roles.blocks else roles.weight(w_ih)
+        self.hidden, *self.projection = [Product(roles, w) for w in others]
         self.biases = [roles.learnt(b) for b in biases]
-        self.state, self.gates = roles.forward("activation"), roles.backward("activation_grad")
-        self.projected = (roles.forward("activation"), roles.backward("activation_grad")) if self.projection else None
+        in_blocks = roles.blocks and roles.in_blocks("activation_grad")
+        # A gradient in blocks is rounded in each product, and once more for the biases.
+        self.of_biases = uncounted(roles.backward("activation_grad")) if in_blocks else None
+        self.gates = AS_IT_IS if in_blocks else roles.backward("activation_grad")
+        self.projected = roles.backward("activation_grad") if self.projection and not in_blocks else AS_IT_IS
 
-    def inputs(self, x: Tensor) -> Tensor:
+    def inputs(self, x: Tensor | Pair) -> Tensor:
         """The product with rounded inputs, for all steps at once: [..., inputs] -> [..., gates]."""
-        return _plus(F.linear(x, self.w_ih), self.biases)
+        return self.plus(self.product(x), self.biases)
 
-    def hidden(self, h: Tensor) -> Tensor:
-        """The product with the hidden state: [N, features] -> [N, gates]."""
-        return F.linear(self.roles.activation(h, self.state), self.w_hh)
+    def product(self, x: Tensor | Pair) -> Tensor:
+        """The same without biases. A pair is of rows: [rows, inputs] -> [rows, gates]."""
+        if isinstance(x, Pair) and isinstance(self.w_ih, Pair):
+            return matmul(x, self.w_ih, gradient_roles(self.roles))
+        assert isinstance(x, Tensor)
+        assert isinstance(self.w_ih, Tensor)
+        return F.linear(x, self.w_ih)
+
+    def plus(self, y: Tensor, biases: Sequence[Tensor]) -> Tensor:
+        """Add biases, whose gradient sums the rounded one of the gates."""
+        if not biases:
+            return y
+        bias: Any = sum(b.to(y.dtype) for b in biases)
+        return y + (bias if self.of_biases is None else round_both(bias.expand_as(y), AS_IT_IS, self.of_biases))
 
     def step(self, x: Tensor, state: State) -> State:
         """The state after a step, from that step's `inputs` and the state before."""
@@ -57,21 +103,21 @@ class LSTM(Layer):
         i, f, g, o = self.roles.gradient(x + self.hidden(h), self.gates).chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
-        if self.projected is not None:
-            forward, backward = self.projected
-            h = self.roles.gradient(F.linear(self.roles.activation(h, forward), self.projection[0]), backward)
+        for project in self.projection:
+            h = self.roles.gradient(project(h), self.projected)
         return h, c
 
 
 class GRU(Layer):
     """The gates r, z, n. The reset gate scales the state's product, so the two products have each its own gradient."""
 
-    def inputs(self, x: Tensor) -> Tensor:
-        return self.roles.result(_plus(F.linear(x, self.w_ih), self.biases[:1]))
+    def inputs(self, x: Tensor | Pair) -> Tensor:
+        y = self.plus(self.product(x), self.biases[:1])
+        return self.roles.gradient(y) if self.of_biases is None else y
 
     def step(self, x: Tensor, state: State) -> State:
         (h,) = state
-        hidden = self.roles.gradient(_plus(self.hidden(h), self.biases[1:]), self.gates)
+        hidden = self.roles.gradient(self.plus(self.hidden(h), self.biases[1:]), self.gates)
         (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, -1), hidden.chunk(3, -1)
         z = (x_z + h_z).sigmoid()
         n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
@@ -92,8 +138,16 @@ class Relu(Layer):
         return (self.roles.gradient(x + self.hidden(state[0]), self.gates).relu(),)
 
 
-def _plus(y: Tensor, biases: Sequence[Tensor]) -> Tensor:
-    return y + sum(b.to(y.dtype) for b in biases) if biases else y
+def weight_pair(roles: Roles, weight: Tensor) -> Pair:
+    """A weight [gates, features] as the second operand of a product in blocks."""
+    return pair(roles, factor(roles, weight, True).map(lambda w: w.t()), -2, -1)
+
+
+def _entering(roles: Roles, x: Tensor) -> Tensor | Pair:
+    """The rounded inputs of a layer, [..., inputs]; in blocks as rows."""
+    if not roles.blocks:
+        return roles.operand(x)
+    return pair(roles, factor(roles, x).map(lambda x: x.reshape(-1, x.shape[-1])), -1, -2)
 
 
 def network(kind: type[Layer]) -> Handler:
@@ -125,7 +179,7 @@ def cell(kind: type[Layer]) -> Handler:
         roles: Roles, function: Handler, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None
     ) -> Tensor | State:
         layer = kind(roles, (w_ih, w_hh), [b for b in biases if b is not None])
-        state = layer.step(layer.inputs(roles.operand(input)), (hx,) if isinstance(hx, Tensor) else tuple(hx))
+        state = layer.step(layer.inputs(_entering(roles, input)), (hx,) if isinstance(hx, Tensor) else tuple(hx))
         return state[0] if isinstance(hx, Tensor) else state
 
     return handler
@@ -151,9 +205,10 @@ def _run(
     finals = []
     for first in range(0, len(layers), directions):
         x = F.dropout(x, dropout) if first and dropout else x
-        x, outputs = roles.operand(x), []
+        rounded, outputs = _entering(roles, x), []
         for k in range(first, first + directions):
-            inputs = layers[k].inputs(x)
+            inputs = layers[k].inputs(rounded)
+            inputs = inputs.reshape(*x.shape[:-1], inputs.shape[-1])
             steps = inputs.unbind(0) if sizes is None else torch.split(inputs, sizes)
             ys, final = _scan(layers[k].step, steps, tuple(state[k] for state in states), k > first)
             outputs.append(torch.stack(ys) if sizes is None else torch.cat(ys))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lowprec import recompute
-from lowprec.bias import Rule
+from lowprec.bias import Rule, is_block
 from lowprec.coverage import HANDLERS, KINDS, is_unfit, missed
 from lowprec.policy import ROLES, Formats
 from lowprec.products import tensors
@@ -43,6 +43,7 @@ class Region(TorchFunctionMode):
         self.strict = strict
         self.missed: tuple[str, ...] = ()
         self.slots = tuple(_slots(rule, len(ROLES) * place + k, device) for k, rule in enumerate(formats))
+        self.blocks = any(rule is not None and is_block(rule) for rule in formats)
         self.has_state = any(slots is not None for slots in self.slots)
         with torch.inference_mode(False):
             self._keep(
@@ -79,14 +80,15 @@ class Region(TorchFunctionMode):
         """The roles of a product, and where to count it: on the device of its operands."""
         states = self._states(x) if self.has_state and x.device.type != "meta" else None
         if x.device.type == "meta" or not _counting():
-            return Roles(self.formats, states=states)
+            return Roles(self.formats, states=states, blocks=self.blocks)
         if self.calls.device != x.device:
             with torch.inference_mode(False):
                 self._keep(self.calls.to(x.device), self.stats.to(x.device), self.codes.to(x.device))
         again = _recomputing()
         if not again:
             self.calls[kind].add_(1)
-        return Roles(self.formats, Counters(self.stats[kind], self.codes), again=again, states=states)
+        counters = Counters(self.stats[kind], self.codes)
+        return Roles(self.formats, counters, again=again, states=states, blocks=self.blocks)
 
     def _states(self, x: Tensor) -> States | None:
         """Where a product's casts get their states; nowhere on fake tensors, which have no values to measure."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lowprec import _ops
-from lowprec.bias import draws_of, how_of, next_use
+from lowprec.bias import draws_of, how_of, is_block, next_use
 from lowprec.cast import QuickApply
 from lowprec.eager_statistics import FIELDS
 from lowprec.policy import ROLES, Formats
@@ -31,13 +31,14 @@ class Counters(NamedTuple):
 class Role(NamedTuple):
     """How one tensor is rounded in one direction: its rule, a row of each counter, and the state of its cast.
 
-    All None: not at all.
+    All None: not at all. `dim` is along which the blocks of a block format lie, if not as the rule has it.
     """
 
     rule: str | None = None
     stats: Tensor | None = None
     codes: Tensor | None = None
     state: Tensor | None = None
+    dim: int | None = None
 
 
 AS_IT_IS = Role()
@@ -55,6 +56,7 @@ class Roles:
         counters: where to count; None counts nothing.
         again: whether this is a recomputation, whose forward pass has been counted.
         states: of the casts; None where no rule needs any.
+        blocks: whether any role takes a block format.
     """
 
     def __init__(
@@ -64,11 +66,18 @@ class Roles:
         *,
         again: bool = False,
         states: States | None = None,
+        blocks: bool = False,
     ) -> None:
         self.formats = formats
         self.backward_counters = counters
         self.forward_counters = None if again else counters
         self.states = states
+        self.blocks = blocks
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether a role takes a block format."""
+        rule = self.formats[ROLES.index(name)]
+        return rule is not None and is_block(rule)
 
     def operand(self, x: Tensor) -> Tensor:
         """Round an operand: as a weight if it is learnt, else as an activation. Integers and masks stay."""
@@ -154,12 +163,18 @@ def _round(x: Tensor, role: Role) -> Tensor:
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         narrow = how_of(role.rule, torch.get_autocast_dtype(x.device.type))
         shift = None if shift is None else shift.clamp(narrow.least, narrow.most)
-    args = (x, how.fields, how.rounding, how.saturate, seed, offset, how.random_bits, shift)
+    dim = [] if how.dim is None else [how.dim if role.dim is None else role.dim]
+    args = (x, how.fields, *dim, how.rounding, how.saturate, seed, offset, how.random_bits)
     bits = 1 + how.fields[0] + how.fields[1]
     histogram = None if role.codes is None or bits > 8 else role.codes[: 1 << bits]
-    values: Tensor = (
-        _ops.quantize(*args) if role.stats is None else _ops.quantize_statistics(*args, role.stats, histogram)
-    )
+    values: Tensor
+    if how.dim is not None:
+        blocks = _ops.quantize_block if role.stats is None else _ops.quantize_block_statistics
+        values = blocks(*args) if role.stats is None else blocks(*args, role.stats, histogram)
+    elif role.stats is None:
+        values = _ops.quantize(*args, shift)
+    else:
+        values = _ops.quantize_statistics(*args, shift, role.stats, histogram)
     return values
 
 
@@ -173,22 +188,24 @@ class RoundBoth(torch.autograd.Function):
         forward_stats: Tensor | None,
         forward_codes: Tensor | None,
         forward_state: Tensor | None,
+        forward_dim: int | None,
         backward: str | None,
         backward_stats: Tensor | None,
         backward_codes: Tensor | None,
         backward_state: Tensor | None,
+        backward_dim: int | None,
     ) -> Tensor:
         # Detached, the unrounded tensor is neither a copy nor a view, so that what follows may change it in place.
-        role = Role(forward, forward_stats, forward_codes, forward_state)
+        role = Role(forward, forward_stats, forward_codes, forward_state, forward_dim)
         return x.detach() if forward is None else _round(x, role)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.role = inputs[5:]
+        ctx.role = inputs[6:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return round_both(grads[0], Role(*ctx.role), AS_IT_IS), *[None] * 8
+        return round_both(grads[0], Role(*ctx.role), AS_IT_IS), *[None] * 10
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
@@ -205,7 +222,7 @@ class EagerRoundBoth(QuickApply, RoundBoth):
         # An embedding's sparse gradient lists a row once for every use: it is formed when the uses are summed.
         formed = grads[0].coalesce().clone()
         formed._values().copy_(round_both(formed.values(), Role(*ctx.role), AS_IT_IS))
-        return formed, *[None] * 8
+        return formed, *[None] * 10
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

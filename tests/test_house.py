@@ -32,6 +32,8 @@ LAYERS = (
     {"bias", "measure"},
     {"optim", "policy", "slots"},
     {"roles"},
+    {"blocked"},
+    {"contractions"},
     {"products"},
     {"attention", "recurrent"},
     {"coverage"},

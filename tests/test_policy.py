@@ -23,7 +23,7 @@ def test_roles_are_formats() -> None:
 
 
 def test_recipes() -> None:
-    assert list(lp.recipes) == ["bf16", "fp8", "fp8-forward", "fp8-sampled"]
+    assert list(lp.recipes) == ["bf16", "fp8", "fp8-forward", "fp8-sampled", "mxfp8", "nvfp4"]
     forward, gradient = lp.format("1-4-3:emax=8"), lp.format("1-5-2:emax=1")
     assert lp.Policy.recipe("bf16") == lp.Policy("bf16", "bf16", "bf16", "bf16")
     assert lp.Policy.recipe("fp8") == lp.Policy(forward, forward, gradient, gradient)
@@ -111,7 +111,7 @@ def test_the_first_pattern_wins_with_all_beneath_it() -> None:
         (
             {"overrides": {"a": "fp9"}},
             ValueError,
-            "recipe must be one of bf16, fp8, fp8-forward, fp8-sampled, got 'fp9'",
+            "recipe must be one of bf16, fp8, fp8-forward, fp8-sampled, mxfp8, nvfp4, got 'fp9'",
         ),
         ({"overrides": {"a": lp.Policy(overrides={"b": None})}}, ValueError, "overrides['a'] has overrides of its own"),
     ],

@@ -595,7 +595,12 @@ def test_torch_jit_is_refused_and_torch_export_is_not() -> None:
     [
         (lambda x: x, "fp8", TypeError, "model must be a torch.nn.Module, got function"),
         (nn.Linear(2, 2), 8, TypeError, "policy must be a Policy or the name of a recipe, got int"),
-        (nn.Linear(2, 2), "fp9", ValueError, "recipe must be one of bf16, fp8, fp8-forward, fp8-sampled, got 'fp9'"),
+        (
+            nn.Linear(2, 2),
+            "fp9",
+            ValueError,
+            "recipe must be one of bf16, fp8, fp8-forward, fp8-sampled, mxfp8, nvfp4, got 'fp9'",
+        ),
         (
             Model(),
             lp.Policy("1-4-3", overrides={"heads": None}),
