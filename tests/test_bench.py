@@ -97,6 +97,8 @@ def test_files(record: dict[str, Any], folder: Path) -> None:
     assert json.loads((folder / "results.json").read_text()) == record
     with Image.open(folder / "casts.png") as picture:
         assert picture.size[0] > 500
+    page = (folder / "README.md").read_text()
+    assert all(f"| {row['row']} |" in page for run in record["runs"] for row in run["rows"])
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == sum(len(run["rows"]) for run in record["runs"])

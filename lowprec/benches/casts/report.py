@@ -67,10 +67,41 @@ def _target(case: Case, cuda: bool, count: int, seconds: dict[str, Seconds], ele
 
 
 def write(record: Row, out: Path) -> None:
-    """Write results.json, results.csv and casts.png."""
+    """Write results.json, results.csv, casts.png and README.md."""
     files.write_json(out / "results.json", record)
     files.write(out / "results.csv", _csv(record).encode())
     files.write(out / "casts.png", picture.draw(record))
+    files.write(out / "README.md", _readme(record).encode())
+
+
+def _readme(record: Row) -> str:
+    """The record as a page."""
+    lines = ["# Casts, timed", "", "![Speed of every row, as a share of a copy's](casts.png)", ""]
+    for run in record["runs"]:
+        speed = _speed(run)
+        lines += [f"## {_heading(run)}", "", f"| row | ms | {speed} | copy | target |", "| --- " + "| ---: " * 4 + "|"]
+        lines += [f"| {' | '.join((row['row'], *_cells(row, speed)))} |" for row in run["rows"]]
+        lines += ["", *(f"- {name}: {why}" for name, why in run["failed"].items())]
+        clocks = "; ".join(f"{name} {value}" for name, value in run["clocks"].items() if name != "name")
+        load = ", ".join(f"{each:.1f}" for each in run["load"])
+        lines += [*([f"- before: {clocks}"] if clocks else []), f"- load averages of the machine, after: {load}", ""]
+    kernels = ", ".join(f"{name} {state}" for name, state in record["kernels"].items())
+    lines += ["## How", ""]
+    lines += [f"- commit {record['commit'] or 'unknown'}, lowprec {record['lowprec']}, compiled kernels: {kernels}"]
+    lines += [f"- torch {record['torch']}, Python {record['python']}"]
+    lines += [f"- {name}: {state}" for name, state in record["peers"].items() if name != "torch"]
+    lines += ["- `lowprec bench casts`, medians; *copy*: bytes a second over those of a copy of float32"]
+    return "\n".join(lines) + "\n"
+
+
+def _heading(run: Row) -> str:
+    rounds = max(row["rounds"] for row in run["rows"])
+    count = f", {run['threads']} thread{'s' * (run['threads'] != 1)}" if run["device"] == "cpu" else ""
+    return f"{run['name']}{count}, 2^{run['elements'].bit_length() - 1} elements, {rounds} rounds"
+
+
+def _speed(run: Row) -> str:
+    return "GB/s" if run["device"].startswith("cuda") else "Melem/s"
 
 
 def _csv(record: Row) -> str:
@@ -95,22 +126,25 @@ def show(record: Row, out: Path, console: Console) -> None:
 
 
 def _table(run: Row) -> Table:
-    rounds = max(row["rounds"] for row in run["rows"])
-    heading = f"{run['name']}, {run['threads']} threads, 2^{run['elements'].bit_length() - 1} elements, {rounds} rounds"
-    table = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=_heading(run), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("row", no_wrap=True)
-    speed = "GB/s" if run["device"].startswith("cuda") else "Melem/s"
+    speed = _speed(run)
     for name in ("ms", speed, "copy", "target"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in run["rows"]:
-        table.add_row(row["row"], *_cells(row, speed), style=None if row["by"] == "lowprec" else "dim")
+        *numbers, target = _cells(row, speed)
+        marked = target.replace("missed", "[bold]miss[/bold]")
+        table.add_row(row["row"], *numbers, marked, style=None if row["by"] == "lowprec" else "dim")
     return table
 
 
 def _cells(row: Row, speed: str) -> tuple[str, ...]:
     fast = row["gb_per_s" if speed == "GB/s" else "melem_per_s"]
-    target = (
-        "" if row["target"] is None else f"{row['target']:.2f}" if row["unit"] == "of_copy" else f"{row['target']:.0f}"
-    )
-    met = {None: "", True: " met", False: " [bold]miss[/bold]"}[row["met"]]
-    return f"{row['seconds'] * 1e3:.3f}", f"{fast:.0f}", f"{row['of_copy']:.2f}", target + met
+    return f"{row['seconds'] * 1e3:.3f}", f"{fast:.0f}", f"{row['of_copy']:.2f}", _verdict(row)
+
+
+def _verdict(row: Row) -> str:
+    if row["target"] is None:
+        return ""
+    wanted = f"{row['target']:.2f}" if row["unit"] == "of_copy" else f"{row['target']:.0f}"
+    return f"{wanted} {'met' if row['met'] else 'missed'}"
