@@ -37,6 +37,11 @@ inline Tensor empty_like(const Tensor& x, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+/// An uninitialised contiguous tensor on x's device.
+inline Tensor empty(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
+  return torch::stable::new_empty(x, shape, dtype);
+}
+
 /// Copy every element of `source` into `target`, whatever the strides of either.
 inline void copy(Tensor target, const Tensor& source) { torch::stable::copy_(target, source); }
 
