@@ -18,27 +18,6 @@ constexpr int64_t kPiece = 1 << 16;  // elements of a whole tensor's block that 
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 constexpr int64_t kWords = 2048;     // random words at a time
 
-/// What a block's scale follows from.
-template <class C>
-struct Peak {
-  typename C::Word amax = 0;  // the largest finite magnitude
-  typename C::Word infinite = 0;
-  typename C::Word nan = 0;
-
-  LOWPREC_INLINE void add(typename C::Word magnitude) {
-    const typename C::Word finite = magnitude < C::infinity ? magnitude : 0;
-    amax = amax > finite ? amax : finite;
-    infinite |= magnitude == C::infinity;
-    nan |= magnitude > C::infinity;
-  }
-
-  void merge(const Peak& other) {
-    amax = std::max(amax, other.amax);
-    infinite |= other.infinite;
-    nan |= other.nan;
-  }
-};
-
 template <class C>
 LOWPREC_CLONES Peak<C> peak_of(const typename C::Bits* x, int64_t count) {
   Peak<C> peak;
@@ -102,7 +81,7 @@ class Words2048 {
   explicit Words2048(const Draws& draws) : draws_(draws) {}
 
   const uint32_t* of(int64_t begin, int64_t count) {
-    if (!kRandom) return words_;
+    if (!kRandom) return nullptr;
     const int64_t from = begin - begin % 4;
     draw(draws_, from, begin - from + count, words_);
     return words_ + (begin - from);

@@ -86,20 +86,15 @@ class Packed:
             raise ValueError(f"{path} holds {len(found)} packed tensors: read them with load_packed")
         return next(iter(found.values()))
 
-    def unpacked(self) -> Tensor:
-        """The codes in the tensor's shape, however they are stored."""
-        if self.size is None:
-            return self.codes
-        return unpack_rows(self.codes, self.format.bits, self.size)
-
 
 def _flatten(packed: Packed) -> tuple[list[Any], tuple[Any, ...]]:
-    return [packed.codes, packed.scales, packed.tensor_scale], (packed.format, packed.dim, packed.size)
+    tensors = [packed.codes, packed.scales, packed.tensor_scale]
+    return [each for each in tensors if each is not None], (packed.format, packed.dim, packed.size)
 
 
 def _unflatten(tensors: Any, rest: tuple[Any, ...]) -> Packed:
-    codes, scales, tensor_scale = tensors
-    return Packed(codes, scales, rest[0], rest[1], tensor_scale, rest[2])
+    codes, scales, *second = tensors
+    return Packed(codes, scales, rest[0], rest[1], second[0] if second else None, rest[2])
 
 
 _pytree.register_pytree_node(Packed, _flatten, _unflatten, serialized_type_name="lowprec.Packed")
@@ -241,7 +236,9 @@ def decode(packed: Packed, dtype: torch.dtype) -> Tensor:
     """`lowprec.decode`: the exact product of code and scales, rounded once (to nearest even) into the dtype."""
     fields = block_fields(packed.format)
     _require_whole(packed, fields)
-    codes = packed.unpacked()
+    # The width from the fields: under `torch.compile` they are constants.
+    bits = 1 + fields[0] + fields[1]
+    codes = packed.codes if packed.size is None else unpack_rows(packed.codes, bits, packed.size)
     values: Tensor = _ops.decode_block(codes, packed.scales, packed.tensor_scale, fields, packed.dim, dtype)
     return values
 

@@ -29,7 +29,7 @@ struct BlockFormat {
   Format scale;
 
   /// Whether codes are stored as two's complement.
-  constexpr bool twos_complement() const { return element.ebits == 0 && element.specials == Specials::fnuz; }
+  LOWPREC_INLINE constexpr bool twos_complement() const { return element.ebits == 0 && element.specials == Specials::fnuz; }
 };
 
 /// A rounding mode that is chosen at run time: in place of a random word it is given its number in Python's `Rounding`.
@@ -111,7 +111,7 @@ LOWPREC_INLINE Scaled divide_long(Scaled x, Scaled y) {
   const uint64_t rest = (x.significand % y.significand) << 21;
   const uint64_t low = rest / y.significand;
   const uint64_t sticky = rest % y.significand != 0;
-  return {(high << 21) + low | sticky, x.exponent - y.exponent - 21};
+  return {((high << 21) + low) | sticky, x.exponent - y.exponent - 21};
 }
 
 /// The scale of elements: a normalised divisor of 31 bits, also as a float64, or 0.
@@ -351,6 +351,27 @@ class BlockEncode {
 
 // Scales.
 
+/// What a block's scale follows from.
+template <class C>
+struct Peak {
+  typename C::Word amax = 0;  // the largest finite magnitude
+  typename C::Word infinite = 0;
+  typename C::Word nan = 0;
+
+  LOWPREC_INLINE void add(typename C::Word magnitude) {
+    const typename C::Word finite = magnitude < C::infinity ? magnitude : 0;
+    amax = amax > finite ? amax : finite;
+    infinite |= magnitude == C::infinity;
+    nan |= magnitude > C::infinity;
+  }
+
+  LOWPREC_INLINE void merge(const Peak& other) {
+    amax = amax > other.amax ? amax : other.amax;
+    infinite |= other.infinite;
+    nan |= other.nan;
+  }
+};
+
 /// The exponent k of a block's power-of-two scale. Its code is k + 127.
 template <class C>
 class PowerScale {
@@ -478,11 +499,16 @@ struct PowerBlocks {
   using Output = typename At::Output;
   using Scale = int;
 
+  BlockFormat format;
+  bool saturate;
   PowerScale<C> scales;
   Cast cast;
 
   PowerBlocks(const BlockFormat& format, bool saturate, int64_t rounding)
-      : scales(format), cast(format, scales.low, saturate, Overflows::of(rounding)) {}
+      : format(format),
+        saturate(saturate),
+        scales(format),
+        cast(format, scales.low, saturate, Overflows::of(rounding)) {}
 
   LOWPREC_INLINE void take(uint32_t) {}
   LOWPREC_INLINE uint32_t nan() const { return PowerScale<C>::nan; }

@@ -88,6 +88,10 @@ void for_block_rounding(int64_t mode, F f) {
   mode == 0 ? f(NearestEven{}) : mode == 6 ? f(Stochastic{}) : f(AnyMode{});
 }
 
+/// Wide codes are rare enough that their modes but the random one are chosen at run time.
+template <class Code, class Mode>
+using ForCode = std::conditional_t<(sizeof(Code) > 1 && !Mode::random), AnyMode, Mode>;
+
 /// The operators of lowprec/_ops.py that cast to and from block formats.
 ///
 /// `Backend::cast(blocks, x, out, scales, tiles, source, mode, tensor_scale)` casts a contiguous tensor; `scales` and
@@ -123,8 +127,8 @@ struct BlockOps {
       for_code(code_dtype(format.element), [&](auto code) {
         for_block_rounding(rounding, [&](auto mode) {
           using C = std::decay_t<decltype(container)>;
-          using Mode = std::decay_t<decltype(mode)>;
           using Code = std::decay_t<decltype(code)>;
+          using Mode = ForCode<Code, std::decay_t<decltype(mode)>>;
           const Call call{source, codes, &scales, tiles, {seed, offset, random_bits}, rounding, &second};
           if (!format.float_scale) {
             run(call, PowerBlocks<C, BlockEncode<C, Mode, Code>>(format, saturate, rounding));

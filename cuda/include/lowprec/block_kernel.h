@@ -1,0 +1,328 @@
+// The kernels of casts to and from block formats on CUDA. Device code only, without torch.
+//
+// `rows_kernel` is for the usual case: short blocks along contiguous rows, with power-of-two scales. A thread holds 8
+// elements, a block's threads are neighbours in a warp, and every element is read once. `tiles_kernel` is for all else:
+// a group of threads walks a block twice, for its scale and for the cast; the second time it comes from the cache. A
+// block that is the whole tensor has its peak from `peak_kernel`.
+#pragma once
+
+#include <cstdint>
+
+#include "lowprec/block.h"
+#include "lowprec/cast_kernel.h"
+#include "lowprec/float_grid.h"
+#include "lowprec/quick.h"
+
+namespace lowprec {
+
+constexpr uint32_t kWarp = 32;
+constexpr uint32_t kEveryone = 0xffffffff;
+
+/// The largest magnitude of a tensor and what else it holds, gathered by atomic maxima: their order does not matter.
+struct Gathered {
+  unsigned long long amax;
+  unsigned int infinite;
+  unsigned int nan;
+};
+
+LOWPREC_DEVICE uint64_t shuffle(uint64_t x, int mask) {
+  return __shfl_xor_sync(kEveryone, static_cast<unsigned long long>(x), mask);
+}
+LOWPREC_DEVICE uint32_t shuffle(uint32_t x, int mask) { return __shfl_xor_sync(kEveryone, x, mask); }
+
+/// The peak of all `lanes` neighbouring threads, a power of two.
+template <class C>
+LOWPREC_DEVICE Peak<C> over_lanes(Peak<C> peak, int lanes) {
+  for (int mask = 1; mask < lanes; mask *= 2) {
+    peak.merge({shuffle(peak.amax, mask), shuffle(peak.infinite, mask), shuffle(peak.nan, mask)});
+  }
+  return peak;
+}
+
+/// The peak of a whole thread block.
+template <class C>
+LOWPREC_DEVICE Peak<C> over_threads(Peak<C> peak) {
+  __shared__ typename C::Word amax[kThreads / kWarp], infinite[kThreads / kWarp], nan[kThreads / kWarp];
+  const int warp = static_cast<int>(threadIdx.x / kWarp);
+  peak = over_lanes(peak, kWarp);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) {
+    amax[warp] = peak.amax;
+    infinite[warp] = peak.infinite;
+    nan[warp] = peak.nan;
+  }
+  __syncthreads();
+  for (int i = 0; i < static_cast<int>(kThreads / kWarp); ++i) peak.merge({amax[i], infinite[i], nan[i]});
+  return peak;
+}
+
+/// The peak of all elements, into `out`, which is zero.
+template <class C>
+__global__ void __launch_bounds__(kThreads) peak_kernel(const typename C::Bits* x, int64_t count, Gathered* out) {
+  Peak<C> peak;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
+    peak.add(x[i] & (C::sign - 1));
+  }
+  peak = over_threads(peak);
+  if (threadIdx.x != 0) return;
+  atomicMax(&out->amax, static_cast<unsigned long long>(peak.amax));
+  if (peak.infinite) atomicOr(&out->infinite, 1u);
+  if (peak.nan) atomicOr(&out->nan, 1u);
+}
+
+template <class C>
+LOWPREC_DEVICE Peak<C> read(const Gathered& from) {
+  return {static_cast<typename C::Word>(from.amax), from.infinite, from.nan};
+}
+
+template <class C>
+__global__ void tensor_scale_kernel(const TensorScale op, const Gathered* peak, uint32_t* out) {
+  *out = op.of(static_cast<typename C::Word>(peak->amax), peak->infinite != 0, C{});
+}
+
+/// How blocks lie in a tensor: see `Tiles`.
+struct TileGrid {
+  int64_t rows;
+  int64_t columns;
+  int64_t height;
+  int64_t width;
+  int64_t down;
+  int64_t across;
+  int64_t count;
+
+  struct Tile {
+    int64_t begin;
+    int64_t height;
+    int64_t width;
+  };
+
+  LOWPREC_DEVICE Tile tile(int64_t index) const {
+    const int64_t strip = index / across, column = index % across * width, row = strip % down * height;
+    const int64_t below = rows - row, right = columns - column;
+    return {(strip / down * rows + row) * columns + column, below < height ? below : height,
+            right < width ? right : width};
+  }
+};
+
+/// What a cast to a block format reads and writes. `scales` may be null; `peak`, if not, is that of every block.
+template <class Blocks>
+struct BlockArrays {
+  const typename Blocks::Container::Bits* x;
+  typename Blocks::Output* out;
+  uint8_t* scales;
+  const uint32_t* tensor_scale;
+  const Gathered* peak;
+};
+
+/// Draws of single elements.
+struct DrawOne {
+  uint64_t seed;
+  uint64_t offset;
+  int bits;
+
+  LOWPREC_DEVICE explicit DrawOne(const DeviceDraws& from)
+      : seed(from.seed.read()), offset(from.offset.read()), bits(from.bits) {}
+};
+
+template <class Blocks>
+LOWPREC_DEVICE void write_scale(const Blocks& blocks, uint8_t* scales, int64_t index,
+                                const typename Blocks::Scale& scale, bool nan) {
+  if (scales) scales[index] = static_cast<uint8_t>(nan ? blocks.nan() : blocks.scales.code(scale));
+}
+
+/// A block for `lanes` threads: a power of two up to a warp, or a whole thread block. Each takes every lanes-th column.
+template <class Blocks>
+__global__ void __launch_bounds__(kThreads)
+    tiles_kernel(Blocks blocks, const BlockArrays<Blocks> arrays, const TileGrid grid, const int lanes,
+                 const DeviceDraws draws, const uint32_t mode) {
+  using C = typename Blocks::Container;
+  if (arrays.tensor_scale) blocks.take(*arrays.tensor_scale);
+  const DrawOne draw(draws);
+  const int64_t groups = static_cast<int64_t>(gridDim.x) * kThreads / lanes;
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const int64_t group = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / lanes;
+  // All threads of a warp, or of a block, take as many turns, some of them without a tile.
+  for (int64_t turn = 0; turn < grid.count; turn += groups) {
+    const int64_t index = turn + group;
+    const auto tile = index < grid.count ? grid.tile(index) : TileGrid::Tile{0, 0, 0};
+    Peak<C> peak;
+    if (arrays.peak) {
+      peak = read<C>(*arrays.peak);
+    } else {
+      for (int64_t row = 0; row < tile.height; ++row) {
+        const auto* x = arrays.x + tile.begin + row * grid.columns;
+        for (int64_t column = lane; column < tile.width; column += lanes) peak.add(x[column] & (C::sign - 1));
+      }
+      peak = lanes > static_cast<int>(kWarp) ? over_threads(peak) : over_lanes(peak, lanes);
+    }
+    if (index >= grid.count) continue;
+    const auto scale = blocks.scales.of(peak.amax, peak.infinite);
+    if (lane == 0 && (!arrays.peak || index == 0)) write_scale(blocks, arrays.scales, index, scale, peak.nan);
+    const auto at = blocks.at(scale);
+    for (int64_t row = 0; row < tile.height; ++row) {
+      const int64_t begin = tile.begin + row * grid.columns;
+      for (int64_t column = lane; column < tile.width; column += lanes) {
+        const int64_t i = begin + column;
+        const uint32_t word = Blocks::At::random ? draw_one(draw.bits, draw.seed, draw.offset, i) : mode;
+        arrays.out[i] = at(arrays.x[i], word);
+      }
+    }
+  }
+}
+
+// Short blocks along contiguous rows.
+
+constexpr int kRun = 8;  // elements of a thread
+
+/// The quick way for elements under a power-of-two scale: the number times 2^-k is rounded as in `FloatGrid`. Rounding
+/// that product towards zero, which matters below float32's numbers alone, changes no digit that these modes look at.
+template <class Blocks>
+struct QuickOf {
+  static constexpr bool exists = false;
+};
+
+template <class C, class Mode>
+  requires(sizeof(typename C::Bits) <= 4 && !std::is_same_v<Mode, AnyMode>)
+struct QuickOf<PowerBlocks<C, BlockQuantize<C, Mode>>> {
+  static constexpr bool exists = true;
+  static constexpr bool codes = false;
+
+  FloatQuantize<Mode> cast;
+  bool usable;
+
+  template <class Blocks>
+  explicit QuickOf(const Blocks& from) : cast(from.format.element, from.saturate) {
+    usable = cast.grid.usable && !(C::exponent_bits < 8 && cast.makes_nan());
+  }
+};
+
+template <class C, class Mode>
+  requires(sizeof(typename C::Bits) <= 4 && !std::is_same_v<Mode, AnyMode>)
+struct QuickOf<PowerBlocks<C, BlockEncode<C, Mode, uint8_t>>> {
+  static constexpr bool exists = true;
+  static constexpr bool codes = true;
+
+  FloatEncode<Mode> cast;
+  bool usable;
+  bool twos_complement;
+  uint32_t sign;
+
+  template <class Blocks>
+  explicit QuickOf(const Blocks& from)
+      : cast(from.format.element, from.saturate),
+        usable(cast.grid.usable),
+        twos_complement(from.format.twos_complement()),
+        sign(from.format.element.sign_code()) {}
+};
+
+template <class Blocks>
+using RunIn = Chunk<typename Blocks::Container::Bits, kRun>;
+template <class Blocks>
+using RunOut = Chunk<typename Blocks::Output, kRun>;
+
+/// The random words of a thread's elements.
+struct RunWords {
+  uint32_t at[kRun];
+};
+
+/// A thread's elements by the way that serves every number. Not inlined: it is rarely taken.
+template <class Blocks>
+__device__ __noinline__ RunOut<Blocks> cast_run(const Blocks& blocks, int k, RunIn<Blocks> in, RunWords words,
+                                                uint32_t mode) {
+  const auto at = blocks.at(k);
+  RunOut<Blocks> out;
+#pragma unroll 1
+  for (int i = 0; i < kRun; ++i) out.at[i] = at(in.at[i], Blocks::At::random ? words.at[i] : mode);
+  return out;
+}
+
+/// A thread's elements by the quick way, if it serves them all.
+template <bool kPlain, class Blocks>
+LOWPREC_DEVICE bool try_quick(const QuickOf<Blocks>& quick, int k, const RunIn<Blocks>& in, const RunWords& words,
+                              RunOut<Blocks>& out) {
+  using C = typename Blocks::Container;
+  float x[kRun];
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) x[i] = to_float(C{}, in.at[i]);
+  if (!all_numbers<kRun>(x)) return false;
+  const float down = power_of_two(-k);
+  if constexpr (QuickOf<Blocks>::codes) {
+    uint32_t pair[2] = {0, 0};
+#pragma unroll
+    for (int i = kRun - 1; i >= 0; --i) {
+      const uint32_t code = quick.cast.template apply<kPlain>(__fmul_rz(x[i], down), words.at[i]);
+      pair[i / 4] = (pair[i / 4] << 8) + stored(code, quick.sign, !kPlain && quick.twos_complement);
+    }
+    out = bit_cast<RunOut<Blocks>>(make_uint2(pair[0], pair[1]));
+  } else {
+    const float up = power_of_two(k);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      x[i] = __fmul_rn(quick.cast.template apply<kPlain>(__fmul_rz(x[i], down), words.at[i]), up);
+    }
+    store(C{}, x, out);
+  }
+  return true;
+}
+
+/// Blocks of kRun · lanes elements, one after another; lanes is a power of two up to a warp. The arrays are aligned.
+template <class Blocks>
+__global__ void __launch_bounds__(kThreads, 4)
+    rows_kernel(const Blocks blocks, const QuickOf<Blocks> quick, const BlockArrays<Blocks> arrays, const int64_t runs,
+                const int lanes, const DeviceDraws draws, const uint32_t mode) {
+  using C = typename Blocks::Container;
+  using Word = typename C::Word;
+  const DrawOne draw_from(draws);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t turn = static_cast<int64_t>(blockIdx.x) * kThreads; turn < runs; turn += step) {
+    const int64_t run = turn + threadIdx.x;
+    const bool active = run < runs;
+    RunIn<Blocks> in = {};
+    if (active) in = reinterpret_cast<const RunIn<Blocks>*>(arrays.x)[run];
+    Word largest = 0;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const Word magnitude = in.at[i] & (C::sign - 1);
+      largest = largest > magnitude ? largest : magnitude;
+    }
+    for (int mask = 1; mask < lanes; mask *= 2) {
+      const Word other = shuffle(largest, mask);
+      largest = largest > other ? largest : other;
+    }
+    Peak<C> peak{largest, 0, 0};
+    if (__any_sync(kEveryone, largest >= C::infinity)) {
+      peak.amax = 0;
+      for (int i = 0; i < kRun; ++i) peak.add(in.at[i] & (C::sign - 1));
+      peak = over_lanes(peak, lanes);
+    }
+    if (!active) continue;
+    const int k = blocks.scales.of(peak.amax, peak.infinite);
+    if (run % lanes == 0) write_scale(blocks, arrays.scales, run / lanes, k, peak.nan);
+    RunWords words = {};
+    if constexpr (Blocks::At::random) {
+      draw<kRun>(draw_from.bits, draw_from.seed, draw_from.offset, run * kRun, words.at);
+    }
+    RunOut<Blocks> out;
+    const bool done = quick.usable && (quick.cast.grid.plain ? try_quick<true>(quick, k, in, words, out)
+                                                             : try_quick<false>(quick, k, in, words, out));
+    if (!done) out = cast_run(blocks, k, in, words, mode);
+    reinterpret_cast<RunOut<Blocks>*>(arrays.out)[run] = out;
+  }
+}
+
+/// Codes to values, one element at a time.
+template <class Op>
+__global__ void __launch_bounds__(kThreads)
+    decode_kernel(Op op, const typename Op::Input* codes, const uint8_t* scales, const uint32_t* tensor_scale,
+                  typename Op::Output* out, const TileGrid grid, const int64_t count) {
+  if (tensor_scale) op.take(*tensor_scale);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
+    const int64_t row = i / grid.columns, column = i - row * grid.columns;
+    const int64_t strip = row / grid.rows * grid.down + row % grid.rows / grid.height;
+    out[i] = op(codes[i], op.scale(scales[strip * grid.across + column / grid.width]));
+  }
+}
+
+}  // namespace lowprec
