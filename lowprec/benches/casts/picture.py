@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from lowprec.chart import COLOURS, GREY, INK, style
 
 OURS, COPY, PEER = COLOURS[0], COLOURS[4], "#BBBBBB"
+_CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 LINE = 0.19
 """Height of a row, in inches."""
 
@@ -48,7 +49,7 @@ def _panel(axes: Axes, run: dict[str, Any]) -> None:
             wanted = row["target"] * row["of_copy"] / row[row["unit"]]  # the target in this axis' unit
             axes.vlines(wanted, place - 0.45, place + 0.45, color=INK, linewidth=2)
         words = f"{row['of_copy']:.2f}" + {True: "", False: "  missed", None: ""}[row["met"]]
-        axes.text(row["of_copy"] + 0.01, place, words, va="center", fontsize=7.5, color=INK)
+        axes.text(row["of_copy"] + 0.01, place, words, va="center", fontsize=7.5, color=INK, bbox=_CLEAR)
     axes.axvline(1, color=GREY, linewidth=0.8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [row["row"] for row in rows], fontsize=8)
