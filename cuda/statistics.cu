@@ -6,13 +6,15 @@
 
 #include "lowprec/cast_kernel.h"
 #include "lowprec/launch.h"
+#include "lowprec/quick.h"
 #include "lowprec/statistics_ops.h"
+#include "lowprec/statistics_quick.h"
 
 namespace lowprec {
 namespace {
 
 static_assert(kThreads == kLanes / 4);
-constexpr int kBlocksOfPages = 3;            // blocks that a multiprocessor is to hold at once
+constexpr int kBlocksOfPages = 2;            // blocks that a multiprocessor is to hold at once
 constexpr int kBlocksPerMultiprocessor = 8;  // of the grid
 constexpr int kCopies = 32;                  // of a histogram: one for each thread of a warp, in a bank of its own
 constexpr int64_t kNarrow = 256;             // bins that shared memory has room for
@@ -20,9 +22,7 @@ constexpr uint32_t kEveryone = 0xffffffff;
 
 /// Four elements, which move in accesses of up to 16 bytes.
 template <class T>
-struct alignas(std::min<size_t>(sizeof(T) * 4, 16)) Quad {
-  T at[4];
-};
+using Quad = Chunk<T, 4>;
 
 /// An array of `count` elements; `aligned` where quads may begin at every fourth one.
 template <class T>
@@ -63,6 +63,7 @@ struct Counts {
   uint32_t flushed = 0;
   uint32_t nan = 0;
   typename C::Word amax = 0;  // the bits of a magnitude
+  float quick_amax = 0;       // of numbers that went the quick way
 
   __device__ void add(typename C::Bits x, typename C::Bits y, bool beyond) {
     const auto before = static_cast<typename C::Word>(x & (C::sign - 1));
@@ -92,7 +93,9 @@ struct BlockCounts {
     if (threadIdx.x % 32 == 0) {
       for (int i = 0; i < 3; ++i) atomicAdd(&counts[i], warp[i]);
     }
-    atomicMax(&amax, static_cast<unsigned long long>(amax_bits<C>(own.amax)));
+    const uint64_t general = amax_bits<C>(own.amax);
+    const uint64_t quick = bit_cast<uint64_t>(static_cast<double>(own.quick_amax));
+    atomicMax(&amax, static_cast<unsigned long long>(general > quick ? general : quick));
   }
 
   __device__ void add_to(double* stats) const {
@@ -139,12 +142,68 @@ class Histogram {
   uint32_t* shared_;
 };
 
-/// The cast whose exponents a shift on the device moves. Codes stay as they are.
+/// Both ways of the cast, and the codes of its results.
 template <class C, class Mode>
-__device__ Quantize<C, Mode> shifted(const Setting& setting, const Quantize<C, Mode>&) {
+struct Casts {
+  Quantize<C, Mode> op;
+  QuickRounder<Mode> quick;
+  Coder<C, Mode> coder;
+
+  LOWPREC_INLINE Casts(const Format& format, bool saturate)
+      : op(format, saturate), quick(format, saturate), coder(format, saturate) {}
+};
+
+/// The casts whose exponents a shift on the device moves.
+template <class C, class Mode>
+__device__ Casts<C, Mode> shifted(const Setting& setting, const Casts<C, Mode>&) {
   Format format = setting.format;
   format.bias -= shift_within(format, C{}, *setting.shift);
   return {format, setting.saturate};
+}
+
+/// Cast four elements by way of float32 and gather; false, and nothing done, where that is not for them.
+template <class C, class Mode>
+__device__ bool cast_quick(const QuickRounder<Mode>& quick, const Quad<typename C::Bits>& from, const uint32_t* words,
+                           Quad<typename C::Bits>& to, Counts<C>& counts, const Histogram& histogram,
+                           QuadSums<kTerms>& lanes) {
+  float x[4], y[4], amax;
+  bool beyond[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) x[j] = to_float(C{}, from.at[j]);
+  if (!quick.round(x, words, y, beyond, amax)) return false;
+  counts.quick_amax = fmaxf(counts.quick_amax, amax);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    counts.saturated += beyond[j];
+    counts.flushed += y[j] == 0 && x[j] != 0;
+    if (histogram.wanted()) histogram.add(quick.code_of(y[j]));
+    const double before = x[j];
+    const double error = static_cast<double>(y[j]) - before;
+    lanes.at[kAbsolute][j] += fabs(before);
+    lanes.at[kTotal][j] += before;
+    lanes.at[kSquares][j] += before * before;
+    lanes.at[kError][j] += error * error;
+  }
+  store(C{}, y, to);
+  return true;
+}
+
+/// The way that every format and number can take.
+template <class C, class Mode>
+__device__ void cast_general(const Casts<C, Mode>& casts, const Quad<typename C::Bits>& from, const uint32_t* words,
+                             Quad<typename C::Bits>& to, Counts<C>& counts, const Histogram& histogram,
+                             QuadSums<kTerms>& lanes) {
+  Coder<C, Mode> coder = casts.coder;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    to.at[j] = casts.op(from.at[j], words[j], coder);
+    counts.add(from.at[j], to.at[j], coder.beyond);
+    if (histogram.wanted()) histogram.add(coder.code_of(from.at[j]));
+    double terms[kTerms];
+    terms_of<C>(from.at[j], to.at[j], terms);
+#pragma unroll
+    for (int term = 0; term < kTerms; ++term) lanes.at[term][j] += terms[term];
+  }
 }
 
 /// Quads that a thread loads before it works on the first: what keeps the memory busy meanwhile.
@@ -153,9 +212,9 @@ constexpr int kQuadsAtOnce = sizeof(typename C::Bits) == 8 ? 2 : 4;
 
 template <class C, class Mode>
 __global__ void __launch_bounds__(kThreads, kBlocksOfPages)
-    page_kernel(const Quantize<C, Mode> given, const Setting setting, Coder<C, Mode> coder,
-                const Array<const typename C::Bits> x, const Array<typename C::Bits> out, const DeviceDraws draws,
-                double* pages, double* stats, int64_t* codes, int64_t bins) {
+    page_kernel(const Casts<C, Mode> given, const Setting setting, const Array<const typename C::Bits> x,
+                const Array<typename C::Bits> out, const DeviceDraws draws, double* pages, double* stats,
+                int64_t* codes, int64_t bins) {
   extern __shared__ uint32_t copies[];
   __shared__ double sums[kTerms][8];
   __shared__ BlockCounts block_counts;
@@ -165,8 +224,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfPages)
   __syncthreads();
   const uint64_t seed = Mode::random ? draws.seed.read() : 0;
   const uint64_t offset = Mode::random ? draws.offset.read() : 0;
-  Quantize<C, Mode> op = given;
-  if (setting.shift) op = shifted(setting, op);
+  Casts<C, Mode> casts = given;
+  if (setting.shift) casts = shifted(setting, casts);
   Counts<C> counts;
 
   for (int64_t begin = blockIdx.x * kPage; begin < x.count; begin += gridDim.x * kPage) {
@@ -183,18 +242,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfPages)
         if (index >= x.count) break;
         const Words words = Mode::random ? draw_four(draws.bits, seed, offset, index) : Words{};
         Quad<typename C::Bits> results;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const auto from = quads[i].at[j];
-          const auto to = op(from, words.word[j], coder);
-          results.at[j] = to;
-          counts.add(from, to, coder.beyond);
-          if (histogram.wanted()) histogram.add(coder.code_of(from));
-          double terms[kTerms];
-          terms_of<C>(from, to, terms);
-#pragma unroll
-          for (int term = 0; term < kTerms; ++term) lanes.at[term][j] += terms[term];
+        bool done = false;
+        if constexpr (sizeof(typename C::Bits) <= 4) {
+          if (casts.quick.usable) {
+            done = cast_quick<C>(casts.quick, quads[i], words.word, results, counts, histogram, lanes);
+          }
         }
+        if (!done) cast_general(casts, quads[i], words.word, results, counts, histogram, lanes);
         out.store(index, results);
       }
     }
@@ -232,15 +286,14 @@ struct Cuda {
     using Bits = typename C::Bits;
     const DeviceGuard guard(x.get_device_index());
     const DeviceDraws draws = device_draws(x, source);
-    const Quantize<C, Mode> op(setting.format, setting.saturate);
-    const Coder<C, Mode> coder(setting.format, setting.saturate);
+    const Casts<C, Mode> casts(setting.format, setting.saturate);
     elementwise(x, out, Mode::random, [&](const void* from, void* into, int64_t count) {
       const cudaStream_t stream = current_stream(x);
       const Tensor scratch = torch::stable::new_empty(x, {pages_of(count) * kTerms}, ScalarType::Double);
       auto* pages = static_cast<double*>(scratch.mutable_data_ptr());
       const size_t shared = to.codes && to.bins <= kNarrow ? to.bins * kCopies * sizeof(uint32_t) : 0;
       page_kernel<C, Mode><<<grid_size(pages_of(count), x.get_device_index()), kThreads, shared, stream>>>(
-          op, setting, coder, Array<const Bits>(static_cast<const Bits*>(from), count),
+          casts, setting, Array<const Bits>(static_cast<const Bits*>(from), count),
           Array<Bits>(static_cast<Bits*>(into), count), draws, pages, to.stats, to.codes, to.bins);
       check_cuda(cudaGetLastError());
       total_kernel<<<1, kThreads, 0, stream>>>(pages, count, to.stats, to.codes);
