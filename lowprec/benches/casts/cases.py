@@ -147,7 +147,7 @@ def _statistics() -> Iterator[Case]:
             x = buffers.inputs(dtype)
             return rotating(x, x, lambda x, _: lp.measure(x, "1-4-3"))
 
-        yield Case(f"quantize {SHORT[dtype]} to 1-4-3, with statistics", "statistics", 2 * dtype.itemsize, rounded)
+        yield Case(f"quantize {SHORT[dtype]} to 1-4-3, statistics", "statistics", 2 * dtype.itemsize, rounded)
         yield Case(f"measure {SHORT[dtype]} in 1-4-3", "none", dtype.itemsize, measured)
 
 
@@ -178,7 +178,7 @@ def _fused() -> Iterator[Case]:
             return lambda buffers: rotating(buffers.inputs(dtype), buffers.inputs(dtype), lambda x, _: call(x))
 
         yield Case(
-            f"{short} to 1-4-3 values and transposed codes",
+            f"{short} to 1-4-3 and transposed codes",
             "transposed",
             2 * width + 1,
             over(lambda x: fused.transpose(x, "1-4-3")),
