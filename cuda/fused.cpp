@@ -238,7 +238,8 @@ void transpose_with(const Tensor& x, const Format& format, bool saturate, const 
 struct Cpu {
   static Vector vector(const MaybeTensor& x) { return x ? Vector(*x) : Vector(); }
 
-  static void accumulate(const Accumulate& op, const Tensor& y, const Tensor& x, const Source& source) {
+  static void accumulate(const Accumulate& op, const Tensor& y, const Tensor& x, const Source& source, const Target&,
+                         const std::optional<Format>&) {
     const Array sums(y), terms(x);
     for_blocks(y.numel(), Draws(op.round.choice.random, source),
                [&](int64_t begin, int64_t size, const uint32_t* words) {
@@ -251,7 +252,7 @@ struct Cpu {
   }
 
   static void activate(const Activate& op, Activation kind, const Tensor& x, const Tensor& out, const Affine& affine,
-                       const Source& source) {
+                       const Source& source, const Target&) {
     const Array from(x), to(out);
     for_activation(kind, [&](auto chosen) {
       for_blocks(x.numel(), Draws(op.round.choice.random, source),

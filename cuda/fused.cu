@@ -5,6 +5,7 @@
 
 #include "lowprec/cast_kernel.h"
 #include "lowprec/fused_ops.h"
+#include "lowprec/fused_quick.h"
 #include "lowprec/inline.h"
 #include "lowprec/launch.h"
 #include "lowprec/philox.h"
@@ -118,51 +119,100 @@ bool aligned_fours(const Array& array) {
 /// y + x, in place.
 struct Sums {
   Accumulate op;
+  QuickSums quick;
+  bool usable;
   Array y;
   Array x;
 
-  __device__ void four(int64_t quad, const Words& words) const {
+  struct Common {};
+  __device__ Common common() const { return {}; }
+
+  __device__ uint64_t apply(uint64_t y_bits, uint64_t x_bits, uint32_t word) const {
+    uint64_t sum;
+    if (usable && quick.apply(y_bits, x_bits, sum)) return sum;
+    return slow(op, y_bits, x_bits, word);
+  }
+
+  __device__ void four(int64_t quad, const Words& words, Common) const {
     Quad sums = load_four(y, quad);
     const Quad terms = load_four(x, quad);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sums.at[j] = op(sums.at[j], terms.at[j], words.word[j]);
+    for (int j = 0; j < 4; ++j) sums.at[j] = apply(sums.at[j], terms.at[j], words.word[j]);
     store_four(y, quad, sums);
   }
 
-  __device__ void one(int64_t i, uint32_t word) const { store_one(y, i, op(load_one(y, i), load_one(x, i), word)); }
+  __device__ void one(int64_t i, uint32_t word) const { store_one(y, i, apply(load_one(y, i), load_one(x, i), word)); }
+
+ private:
+  static __device__ __noinline__ uint64_t slow(const Accumulate& op, uint64_t y_bits, uint64_t x_bits, uint32_t word) {
+    return op(y_bits, x_bits, word);
+  }
 };
 
 /// act(scale · x + bias).
 template <Activation kind>
 struct Activations {
   Activate op;
+  QuickActivations quick;
+  bool usable;
   Array x;
   Array out;
   Affine affine;
 
-  __device__ uint64_t apply(int64_t i, uint64_t bits, uint32_t word) const {
-    const int64_t channel = affine.varies() ? affine.channel(i) : 0;
-    return op.apply<kind>(bits, affine.scale.at(channel), affine.bias.at(channel), word);
+  /// Scale and bias, where they are the same for all elements.
+  struct Common {
+    double scale;
+    double bias;
+  };
+  __device__ Common common() const { return {read_double(affine.scale, 0), read_double(affine.bias, 0)}; }
+
+  __device__ uint64_t apply(uint64_t bits, double scale, double bias, uint32_t word) const {
+    uint64_t result;
+    if (usable && quick.apply<kind>(op, bits, scale, bias, result)) return result;
+    return slow(op, bits, scale, bias, word);
   }
 
-  __device__ void four(int64_t quad, const Words& words) const {
+  __device__ void four(int64_t quad, const Words& words, const Common& common) const {
     Quad bits = load_four(x, quad);
+    if (!affine.varies()) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) bits.at[j] = apply(4 * quad + j, bits.at[j], words.word[j]);
+      for (int j = 0; j < 4; ++j) bits.at[j] = apply(bits.at[j], common.scale, common.bias, words.word[j]);
+    } else {
+      int64_t rest = 4 * quad % affine.inner, channel = affine.channel(4 * quad);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const double factor = read_double(affine.scale, channel), summand = read_double(affine.bias, channel);
+        bits.at[j] = apply(bits.at[j], factor, summand, words.word[j]);
+        if (++rest < affine.inner) continue;
+        rest = 0;
+        channel = channel + 1 < affine.count ? channel + 1 : 0;
+      }
+    }
     store_four(out, quad, bits);
   }
 
-  __device__ void one(int64_t i, uint32_t word) const { store_one(out, i, apply(i, load_one(x, i), word)); }
+  __device__ void one(int64_t i, uint32_t word) const {
+    const int64_t channel = affine.varies() ? affine.channel(i) : 0;
+    const double factor = read_double(affine.scale, channel), summand = read_double(affine.bias, channel);
+    store_one(out, i, apply(load_one(x, i), factor, summand, word));
+  }
+
+ private:
+  static __device__ __noinline__ uint64_t slow(const Activate& op, uint64_t bits, double scale, double bias,
+                                               uint32_t word) {
+    return op.apply<kind>(bits, scale, bias, word);
+  }
 };
 
 /// The first `quads` fours, then what elements are left one by one.
 template <class Work>
 __global__ void __launch_bounds__(kThreads)
-    fused_kernel(const Work work, int64_t count, int64_t quads, const DeviceDraws draws) {
+    fused_kernel(const __grid_constant__ Work work, int64_t count, int64_t quads, const DeviceDraws draws) {
+  const auto common = work.common();
   const AnyDraw draw(draws, work.op.round.choice.random);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t quad = thread; quad < quads; quad += threads) work.four(quad, draw.four(4 * quad));
+  for (int64_t quad = thread; quad < quads; quad += threads) work.four(quad, draw.four(4 * quad), common);
 #pragma unroll 1
   for (int64_t i = 4 * quads + thread; i < count; i += threads) work.one(i, draw.one(i));
 }
@@ -429,17 +479,22 @@ Vector device_vector(const MaybeTensor& x) {
 struct Cuda {
   static Vector vector(const MaybeTensor& x) { return device_vector(x); }
 
-  static void accumulate(const Accumulate& op, const Tensor& y, const Tensor& x, const Source& source) {
-    const Sums work{op, Array(y), Array(x)};
+  static void accumulate(const Accumulate& op, const Tensor& y, const Tensor& x, const Source& source,
+                         const Target& target, const std::optional<Format>& codes) {
+    const QuickSums quick{reader_of(y, std::nullopt), reader_of(x, codes),
+                          writer_of(y, target.format, false, target.rounding, target.saturate)};
+    const Sums work{op, quick, quick.usable(), Array(y), Array(x)};
     const bool aligned = aligned_fours(work.y) && aligned_fours(work.x);
     launch(work, y, aligned, device_draws(y, source));
   }
 
   static void activate(const Activate& op, Activation kind, const Tensor& x, const Tensor& out, const Affine& affine,
-                       const Source& source) {
+                       const Source& source, const Target& target) {
+    const QuickActivations quick{reader_of(x, std::nullopt),
+                                 writer_of(out, target.format, op.codes, target.rounding, target.saturate)};
     const DeviceDraws draws = device_draws(x, source);
     for_activation(kind, [&](auto chosen) {
-      const Activations<decltype(chosen)::value> work{op, Array(x), Array(out), affine};
+      const Activations<decltype(chosen)::value> work{op, quick, quick.usable(), Array(x), Array(out), affine};
       launch(work, x, aligned_fours(work.x) && aligned_fours(work.out), draws);
     });
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "lowprec/cast_ops.h"
 #include "lowprec/fused.h"
@@ -88,6 +89,13 @@ inline void check_vector(const Tensor& x, const MaybeTensor& vector, int64_t dim
 
 inline MaybeTensor contiguous_or_none(const MaybeTensor& x) { return x ? MaybeTensor(contiguous(*x)) : x; }
 
+/// What a cast rounds to: a format, or all of the dtype of its result.
+struct Target {
+  std::optional<Format> format;
+  int64_t rounding;
+  bool saturate;
+};
+
 template <class Backend>
 struct FusedOps {
   static void cast_transpose(const Tensor& x, const Ints& format, int64_t rounding, bool saturate,
@@ -128,7 +136,8 @@ struct FusedOps {
       for (int64_t i = along + 1; i < x.dim(); ++i) affine.inner *= x.size(i);
       affine.count = x.size(along);
     }
-    Backend::activate(op, static_cast<Activation>(activation), from, out, affine, source);
+    Backend::activate(op, static_cast<Activation>(activation), from, out, affine, source,
+                      Target{to, rounding, saturate});
     return out;
   }
 
@@ -149,11 +158,17 @@ struct FusedOps {
     const Accumulate op{own, terms(x, x_format), {to, rounding, saturate || finite}, {to, own}, rounding == 4};
     if (y.numel() == 0) return;
     const Tensor sums = contiguous(y);
-    Backend::accumulate(op, sums, contiguous(x), source);
+    Target target{std::nullopt, rounding, saturate};
+    if (!whole) target.format = read_format(format);
+    Backend::accumulate(op, sums, contiguous(x), source, target, codes_format(x_format));
     if (sums.get() != y.get()) copy(y, sums);
   }
 
  private:
+  static std::optional<Format> codes_format(const Ints& fields) {
+    return fields.empty() ? std::nullopt : std::optional<Format>(read_format(fields));
+  }
+
   static Layout terms(const Tensor& x, const Ints& x_format) {
     if (x_format.empty()) return layout_of(x.scalar_type());
     const Format format = read_format(x_format);
