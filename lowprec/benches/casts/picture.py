@@ -45,11 +45,13 @@ def _panel(axes: Axes, run: dict[str, Any]) -> None:
     colours = [_colour(row) for row in rows]
     axes.barh(range(len(rows)), shares, height=0.72, color=colours)
     for place, row in enumerate(rows):
+        end = row["of_copy"]
         if row["target"] is not None:
             wanted = row["target"] * row["of_copy"] / row[row["unit"]]  # the target in this axis' unit
+            end = max(end, wanted)
             axes.vlines(wanted, place - 0.45, place + 0.45, color=INK, linewidth=2)
         words = f"{row['of_copy']:.2f}" + {True: "", False: "  missed", None: ""}[row["met"]]
-        axes.text(row["of_copy"] + 0.01, place, words, va="center", fontsize=7.5, color=INK, bbox=_CLEAR)
+        axes.text(end + 0.01, place, words, va="center", fontsize=7.5, color=INK, bbox=_CLEAR)
     axes.axvline(1, color=GREY, linewidth=0.8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [row["row"] for row in rows], fontsize=8)
