@@ -6,13 +6,12 @@ Torch's own kernels keep the state to themselves, so each layer is a loop over i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowprec import _ops
 from lowprec.blocked import Pair, factor, gradient_roles, matmul, pair, uncounted
 from lowprec.products import Handler
 from lowprec.roles import AS_IT_IS, Roles, round_both
@@ -162,10 +161,16 @@ def network(kind: type[Layer]) -> Handler:
         if not input.size(1 if across else 0):
             raise ValueError(f"input must have at least one step, got shape {tuple(input.shape)}")
         states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        groups = _groups(roles, kind, params, has_biases, layers * (1 + bidirectional))
-        run = _uncompiled() if torch.compiler.is_compiling() and not torch._dynamo.config.allow_rnn else _run
+        weights = Weights(kind, params, has_biases, layers * (1 + bidirectional))
+        run = _run_uncompiled if torch.compiler.is_compiling() and not torch._dynamo.config.allow_rnn else _run
         y, states = run(
-            roles, groups, input.transpose(0, 1) if across else input, sizes, states, 1 + bidirectional, dropout * train
+            roles,
+            weights,
+            input.transpose(0, 1) if across else input,
+            sizes,
+            states,
+            1 + bidirectional,
+            dropout * train,
         )
         return (y.transpose(0, 1) if across else y, *states)
 
@@ -185,16 +190,25 @@ def cell(kind: type[Layer]) -> Handler:
     return handler
 
 
-def _groups(roles: Roles, kind: type[Layer], params: Sequence[Tensor], biases: bool, count: int) -> list[Layer]:
-    """The layers of torch's flat list: w_ih, w_hh, then b_ih, b_hh if there are biases, then w_hr if projected."""
-    size = len(params) // count
-    groups = [params[k * size : (k + 1) * size] for k in range(count)]
-    return [kind(roles, [*g[:2], *g[4 if biases else 2 :]], g[2:4] if biases else ()) for g in groups]
+class Weights(NamedTuple):
+    """A network's kind of layer and torch's flat list: w_ih, w_hh, then b_ih, b_hh if there are biases, then w_hr."""
+
+    kind: type[Layer]
+    flat: Sequence[Tensor]
+    biases: bool
+    layers: int
+
+
+def _layers(roles: Roles, weights: Weights) -> list[Layer]:
+    size = len(weights.flat) // weights.layers
+    groups = [weights.flat[k * size : (k + 1) * size] for k in range(weights.layers)]
+    others = 4 if weights.biases else 2
+    return [weights.kind(roles, [*g[:2], *g[others:]], g[2:others]) for g in groups]
 
 
 def _run(
     roles: Roles,
-    layers: list[Layer],
+    weights: Weights,
     x: Tensor,
     sizes: list[int] | None,
     states: State,
@@ -202,7 +216,7 @@ def _run(
     dropout: float,
 ) -> tuple[Tensor, State]:
     """All layers over [T, N, inputs], or packed [sum of sizes, inputs]: the last one's output and every final state."""
-    finals = []
+    layers, finals = _layers(roles, weights), []
     for first in range(0, len(layers), directions):
         x = F.dropout(x, dropout) if first and dropout else x
         rounded, outputs = _entering(roles, x), []
@@ -217,13 +231,14 @@ def _run(
     return x, tuple(torch.stack(final) for final in zip(*finals, strict=True))
 
 
-@_ops.constant
-def _uncompiled() -> Callable[..., tuple[Tensor, State]]:
-    """`_run` as torch's compiler sees its own recurrent networks: not at all, rather than step by step.
+def _run_uncompiled(*args: Any) -> tuple[Tensor, State]:
+    """`_run` as torch's compiler sees its own recurrent networks: not at all, rather than step by step."""
+    result: tuple[Tensor, State] = torch.compiler.disable(_run)(*args)  # type: ignore[no-untyped-call]
+    return result
 
-    Made when it is first needed: `torch.compiler.disable` imports the compiler.
-    """
-    return torch.compiler.disable(_run)  # type: ignore[no-untyped-call, no-any-return]
+
+# What `torch.compiler.disable` sets, which imports the compiler: here it does so only when it is called.
+_run_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _scan(

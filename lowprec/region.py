@@ -78,9 +78,9 @@ class Region(TorchFunctionMode):
 
     def _roles(self, kind: int, x: Tensor) -> Roles:
         """The roles of a product, and where to count it: on the device of its operands."""
-        states = self._states(x) if self.has_state and x.device.type != "meta" else None
+        states = self._states() if self.has_state and x.device.type != "meta" else None
         if x.device.type == "meta" or not _counting():
-            return Roles(self.formats, states=states, blocks=self.blocks)
+            return Roles(self.formats, states=states, device=x.device, blocks=self.blocks)
         if self.calls.device != x.device:
             with torch.inference_mode(False):
                 self._keep(self.calls.to(x.device), self.stats.to(x.device), self.codes.to(x.device))
@@ -88,21 +88,16 @@ class Region(TorchFunctionMode):
         if not again:
             self.calls[kind].add_(1)
         counters = Counters(self.stats[kind], self.codes)
-        return Roles(self.formats, counters, again=again, states=states, blocks=self.blocks)
+        return Roles(self.formats, counters, again=again, states=states, device=x.device, blocks=self.blocks)
 
-    def _states(self, x: Tensor) -> States | None:
-        """Where a product's casts get their states; nowhere on fake tensors, which have no values to measure."""
+    def _states(self) -> States | None:
+        """The states of a product's casts; none on fake tensors, which have no values to measure."""
         if torch.compiler.is_compiling():
             if torch.compiler._is_exporting_flag:
                 raise ValueError("casts that keep a state cannot be exported: unwrap the model, or wrap it statically")
         elif torch._C._get_dispatch_mode(_FAKE) is not None:
             return None
-
-        def take(role: int) -> Tensor | None:
-            slots = self.slots[role]
-            return None if slots is None else slots.take(x.device)
-
-        return take
+        return self.slots
 
     def note(self, name: str, x: Tensor) -> None:
         """Count a call of an op that reads the formats and rounds by itself, as the report names it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from lowprec.bias import draws_of, how_of, is_block, next_use
 from lowprec.cast import QuickApply
 from lowprec.eager_statistics import FIELDS
 from lowprec.policy import ROLES, Formats
+from lowprec.slots import Slots
 
 STATS = (len(ROLES), len(FIELDS))
 """Shape of one op's statistics: a row for each role, as `quantize_statistics` fills it."""
@@ -44,8 +44,8 @@ class Role(NamedTuple):
 AS_IT_IS = Role()
 """The role of a tensor that is not rounded."""
 
-States = Callable[[int], Tensor | None]
-"""Gives the state of the next tensor of a role, by the role's place in `ROLES`; None where its rule needs none."""
+States = tuple[Slots | None, ...]
+"""Where the casts of each role have their states; None where a rule needs none."""
 
 
 class Roles:
@@ -55,7 +55,8 @@ class Roles:
         formats: the rule of each role, or None.
         counters: where to count; None counts nothing.
         again: whether this is a recomputation, whose forward pass has been counted.
-        states: of the casts; None where no rule needs any.
+        states: of the casts; None where no rule needs any, or there is nothing to measure.
+        device: of the operands.
         blocks: whether any role takes a block format.
     """
 
@@ -66,12 +67,14 @@ class Roles:
         *,
         again: bool = False,
         states: States | None = None,
+        device: torch.device | None = None,
         blocks: bool = False,
     ) -> None:
         self.formats = formats
         self.backward_counters = counters
         self.forward_counters = None if again else counters
         self.states = states
+        self.device = device
         self.blocks = blocks
 
     def in_blocks(self, name: str) -> bool:
@@ -119,7 +122,8 @@ class Roles:
         rule = self.formats[index]
         if rule is None:
             return AS_IT_IS
-        state = None if self.states is None else self.states(index)
+        slots = None if self.states is None else self.states[index]
+        state = None if slots is None or self.device is None else slots.take(self.device)
         if counters is None:
             return Role(rule, None, None, state)
         return Role(rule, counters.stats[index], counters.codes[index], state)
