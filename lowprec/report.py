@@ -124,6 +124,8 @@ class Row:
         calls: how often it ran.
         counts: for each role.
         codes: for each role how often each code came out, of formats up to 8 bits: all ops of the module together.
+        emaxes: for each role whose bias is measured, the exponent of the largest value now, for each of its tensors in
+            order: all ops of the module together.
     """
 
     path: str
@@ -132,6 +134,7 @@ class Row:
     calls: int
     counts: dict[str, Count]
     codes: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    emaxes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def forward(self) -> Count:
@@ -225,6 +228,10 @@ class Report:
                     writer.add_histogram_raw(tag, **_histogram(codes), global_step=step)
 
     def _remarks(self) -> Iterator[str]:
+        measured = {row.path: row.emaxes for row in self.rows if row.emaxes}
+        if measured:
+            each = (f"{_name(path)} {', '.join(_spans(emaxes))}" for path, emaxes in measured.items())
+            yield f"Measured, exponents of the largest value now: {'; '.join(each)}."
         nans = [f"{r['nan']} in {r['role']} of {_name(r['path'])}" for r in self.records() if r["nan"]]
         if nans:
             yield f"NaN: {_listed(nans)}."
@@ -235,6 +242,13 @@ class Report:
             yield f"Full precision, where a weight is computed from parameters: {_listed(self.computed)}."
         if self.elementwise:
             yield f"Full precision, with parameters that no product was seen to use: {_listed(self.elementwise)}."
+
+
+def _spans(emaxes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """For each role, the exponents of its tensors from the least to the largest."""
+    for role, values in emaxes.items():
+        least, most = min(values), max(values)
+        yield f"{_SHORT[ROLES.index(role)]} {least}" + (f" to {most}" if most > least else "")
 
 
 # Gathering what the regions know.
@@ -269,10 +283,18 @@ def _wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region | None]]
 def _rows(path: str, module: nn.Module, region: Region) -> Iterator[Row]:
     own = _kind_of(module)
     codes = {role: tuple(row) for role, row in zip(ROLES, region.codes.tolist(), strict=True) if any(row)}
+    emaxes = {role: found for role, found in _emaxes(region) if found}
     for kind, calls, roles in zip(KINDS, region.calls.tolist(), region.stats.tolist(), strict=True):
         if calls or kind == own:
             counts = {role: Count(*map(int, row[:4]), *row[4:]) for role, row in zip(ROLES, roles, strict=True)}
-            yield Row(path, kind, region.formats, calls, counts, codes)
+            yield Row(path, kind, region.formats, calls, counts, codes, emaxes)
+
+
+def _emaxes(region: Region) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Roles whose bias is measured, with the exponents that this has come to."""
+    for role, slots in zip(ROLES, region.slots, strict=True):
+        if slots is not None and slots.is_measured:
+            yield role, slots.emaxes()
 
 
 def _kind_of(module: nn.Module) -> str | None:

@@ -28,7 +28,8 @@ class Slots:
     def __init__(self, text: str, place: int, device: torch.device) -> None:
         rule = Rule.parse(text)
         self.past = rule.past
-        self.fmt = rule.fmt
+        self.is_measured = rule.is_measured
+        self.emax = 0 if isinstance(rule.fmt, BlockFormat) else rule.fmt.emax
         self.seed = first_seed(rule) + _FAR * place if rule.draws else None
         self.taken = 0
         self.tables: list[Tensor] = []
@@ -77,9 +78,11 @@ class Slots:
             table[: len(part)].copy_(part)
 
     def emaxes(self) -> tuple[int, ...]:
-        """The exponent of the largest value in every slot that has been called; waits for the device."""
-        emax = self.fmt.element.emax if isinstance(self.fmt, BlockFormat) else self.fmt.emax
-        return tuple(emax + int(row[SHIFT]) for row in self.read() if row[CALLS])
+        """The exponent of the largest value of every cast with a measured bias that has been called.
+
+        Waits for the device.
+        """
+        return tuple(self.emax + int(row[SHIFT]) for row in self.read() if row[CALLS])
 
     def _fresh(self, n: int) -> Tensor:
         if self.seed is None:

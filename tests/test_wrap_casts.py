@@ -304,3 +304,16 @@ def test_a_layer_that_rounds_by_hand_takes_formats_alone() -> None:
 
     with pytest.raises(ValueError, match="rounds by hand"):
         sparse.LSTM(4, 4, policy="fp8-sampled")(torch.randn(2, 3, 4))
+
+
+def test_the_report_says_where_the_biases_are() -> None:
+    model = lp.wrap(network(), lp.Policy(lp.Cast("1-4-3", bias="dynamic", pad=1), "1-4-3", "1-5-2:emax=1"))
+    model(torch.full((2, 8), 5.0))
+    report = lp.report(model)
+    (row,) = (row for row in report.rows if row.path == "0")
+    assert row.emaxes == {"activation": (3,)}
+    assert row.formats.activation == "1-4-3 | bias=dynamic, pad=1"
+    text = str(report)
+    assert "Formats [1]: a 1-4-3 | bias=dynamic, pad=1, w 1-4-3, da 1-5-2:bias=30, dw full precision" in text
+    assert "Measured, exponents of the largest value now: 0 a 3; 2 a" in text
+    assert "Measured" not in str(lp.report(lp.wrap(model, "fp8")))
