@@ -95,74 +95,69 @@ class Draw {
   Place place_;
 };
 
+/// A thread's chunks of one tile, kThreads apart.
 template <class Op, int kChunks>
-class Tile {
- public:
+struct Tile {
   const Inputs<Op>* x;
   Outputs<Op>* out;
   const Draw<Op>& draw;
-  int64_t first;  // of this thread's chunks, which lie kThreads apart
+  int64_t first;
 
-  /// The quick way, as far as it goes; which chunks are left to do, as bits.
+  /// By the quick way, all of them: every load comes before the first store.
   template <bool kPlain>
-  LOWPREC_DEVICE uint32_t apply(const Quick<Op>& quick) const {
+  LOWPREC_DEVICE void apply(const Quick<Op>& quick) const {
     Inputs<Op> inputs[kChunks];
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) inputs[i] = x[first + i * kThreads];
-    uint32_t left = 0;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       Outputs<Op> outputs;
-      if (quick.template try_apply<kPlain>(inputs[i], draw.chunk(first + i * kThreads), outputs)) {
-        out[first + i * kThreads] = outputs;
-      } else {
-        left |= 1u << i;
-      }
+      quick.template apply<kPlain>(inputs[i], draw.chunk(first + i * kThreads), outputs);
+      out[first + i * kThreads] = outputs;
     }
-    return left;
   }
 
-  /// The way that every format and number can take.
-  LOWPREC_DEVICE void apply(const Op& op, int64_t chunk) const {
+  /// By the way that every format can take, those before `chunks`.
+  LOWPREC_DEVICE void apply(const Op& op, int64_t chunks) const {
     NoTally none;
-    const Inputs<Op> inputs = x[chunk];
-    const ChunkWords<Op> draws = draw.chunk(chunk);
-    Outputs<Op> outputs;
+#pragma unroll 1
+    for (int64_t chunk = first; chunk < min(first + kChunks * kThreads, chunks); chunk += kThreads) {
+      const Inputs<Op> inputs = x[chunk];
+      const ChunkWords<Op> draws = draw.chunk(chunk);
+      Outputs<Op> outputs;
 #pragma unroll
-    for (int i = 0; i < chunk_width<Op>; ++i) outputs.at[i] = op(inputs.at[i], draws.at[i], none);
-    out[chunk] = outputs;
+      for (int i = 0; i < chunk_width<Op>; ++i) outputs.at[i] = op(inputs.at[i], draws.at[i], none);
+      out[chunk] = outputs;
+    }
   }
+
+ private:
+  static LOWPREC_DEVICE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
 /// The first `chunks` chunks, then what elements are left one by one: x and out may be the same array, since each
 /// thread reads a place before it writes there, and no other one touches it.
 template <class Op, int kChunks = kChunksAtOnce<Op>, int kBlocks = kBlocksAtOnce<Op>>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    cast_kernel(const Ways<Op> given, const Setting format, const typename Op::Input* x, typename Op::Output* out,
+    cast_kernel(const Ways<Op> given, const Setting setting, const typename Op::Input* x, typename Op::Output* out,
                 int64_t count, int64_t chunks, const DeviceDraws draws) {
-  constexpr uint32_t all = (1u << kChunks) - 1;
-  constexpr int64_t tile = kThreads * kChunks;
+  constexpr int64_t size = kThreads * kChunks;
   Ways<Op> ways = given;
   if constexpr (can_shift<Op>) {
-    if (format.shift) apply_shift(format, ways);
+    if (setting.shift) apply_shift(setting, ways);
   }
   const Draw<Op> draw(draws);
 
-  for (int64_t begin = blockIdx.x * tile; begin < chunks; begin += gridDim.x * tile) {
-    const Tile<Op, kChunks> part{reinterpret_cast<const Inputs<Op>*>(x), reinterpret_cast<Outputs<Op>*>(out), draw,
+  for (int64_t begin = blockIdx.x * size; begin < chunks; begin += gridDim.x * size) {
+    const Tile<Op, kChunks> tile{reinterpret_cast<const Inputs<Op>*>(x), reinterpret_cast<Outputs<Op>*>(out), draw,
                                  begin + threadIdx.x};
-    uint32_t left = all;
     if constexpr (Quick<Op>::exists) {
-      if (ways.quick.usable && begin + tile <= chunks) {
-        left = ways.quick.plain ? part.template apply<true>(ways.quick) : part.template apply<false>(ways.quick);
+      if (ways.quick.usable && begin + size <= chunks) {
+        ways.quick.plain ? tile.template apply<true>(ways.quick) : tile.template apply<false>(ways.quick);
+        continue;
       }
     }
-    if (left == 0) continue;
-#pragma unroll 1
-    for (int i = 0; i < kChunks; ++i) {
-      const int64_t chunk = part.first + i * kThreads;
-      if ((left >> i & 1) && chunk < chunks) part.apply(ways.op, chunk);
-    }
+    tile.apply(ways.op, chunks);
   }
   NoTally none;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

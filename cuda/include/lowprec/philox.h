@@ -61,7 +61,7 @@ LOWPREC_INLINE void draw(uint64_t seed, uint64_t offset, int64_t index, uint32_t
   constexpr int group = 4 * share < kWidth ? 4 * share : kWidth;  // elements that one counter value serves here
   for (int begin = 0; begin < kWidth; begin += group) {
     const Words words = philox(seed, offset, static_cast<uint64_t>(index + begin) / (4 * share));
-    const int first = group == 4 * share ? 0 : static_cast<int>(index / share % 4);
+    const int first = static_cast<int>(index / share % 4) & -(group / share);
     for (int i = 0; i < group; ++i) {
       draws[begin + i] = select(words, first + i / share) >> (kBits * (i % share)) << (32 - kBits);
     }
