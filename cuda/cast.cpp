@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "lowprec/cast_block.h"
 #include "lowprec/cast_ops.h"
 #include "lowprec/draws.h"
-#include "lowprec/inline.h"
 
 namespace lowprec {
 namespace {
@@ -14,27 +14,6 @@ namespace {
 // that a Philox counter can serve.
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kGrain = 16;  // blocks that are worth a thread
-
-template <class Op>
-LOWPREC_INLINE void cast_all(const Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count,
-                             const uint32_t* words) {
-  NoTally none;
-  // Each element is read before its own place is written, also where x and out are the same array.
-#pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) out[i] = op(x[i], Op::random ? words[i] : 0, none);
-}
-
-/// One loop for regular grids and one for the others, each without the branch that tells them apart.
-template <class Op>
-LOWPREC_CLONES void cast_block(Op op, const typename Op::Input* x, typename Op::Output* out, int64_t count,
-                               const uint32_t* words) {
-  if (op.grid.regular) {
-    op.grid.regular = true;
-    return cast_all(op, x, out, count, words);
-  }
-  op.grid.regular = false;
-  return cast_all(op, x, out, count, words);
-}
 
 struct Cpu {
   template <class Op>

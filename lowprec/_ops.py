@@ -161,6 +161,14 @@ def _decode_out(codes: Tensor, format: list[int], out: Tensor) -> None:
     out.copy_(_decode(codes, format, out.dtype))
 
 
+def _encode_packed(x: Tensor, format: list[int], *args: Any) -> Tensor:
+    return pack_rows(encode(x, format, *args), bits_of(format))
+
+
+def _decode_packed(dense: Tensor, format: list[int], size: int, dtype: torch.dtype) -> Tensor:
+    return decode(unpack_rows(dense, bits_of(format), size), format, dtype)
+
+
 def _activate(x: Tensor, format: list[int], rounding: int, *args: Any) -> Tensor:
     *cast, activation, scale, bias, dim, codes = args
     name = eager_fused.ACTIVATIONS[activation]
@@ -191,6 +199,39 @@ def _fake_codes(x: Tensor, format: list[int], *args: Any) -> Tensor:
 
 def _fake_activate(x: Tensor, format: list[int], *args: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=eager.code_dtype(format) if args[-1] else x.dtype)
+
+
+def _rows(x: Tensor, last: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*(x.shape or (1,))[:-1], last), dtype=dtype)
+
+
+def _fake_encode_packed(x: Tensor, format: list[int], *args: Any) -> Tensor:
+    return _fake_pack(x, bits_of(format))
+
+
+def _fake_decode_packed(dense: Tensor, format: list[int], size: int, dtype: torch.dtype) -> Tensor:
+    return _rows(dense, size, dtype)
+
+
+def _fake_pack(codes: Tensor, bits: int) -> Tensor:
+    return _rows(codes, row_bytes((codes.shape or (1,))[-1], bits), torch.uint8)
+
+
+def _fake_unpack(dense: Tensor, bits: int, size: int) -> Tensor:
+    return _rows(dense, size, torch.uint8)
+
+
+def _encode_packed_batched(info: Any, dims: tuple[Any, ...], x: Tensor, format: list[int], *args: Any) -> Any:
+    """Codes of the batched tensor, whose index is the one that counts; then the rows of its samples."""
+    codes, dim = batch(encode, info, dims, (x, format, *args))
+    codes = codes.movedim(dim, 0)
+    return pack_codes(codes.unsqueeze(1) if codes.dim() == 1 else codes, bits_of(format)), 0
+
+
+def batch_rows(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
+    """Batching rule of an op on rows: the batch comes first, and a sample that is a number is a row of one."""
+    x = args[0].movedim(dims[0], 0)
+    return op(x.unsqueeze(1) if x.dim() == 1 else x, *args[1:]), 0
 
 
 def _fake_decode(codes: Tensor, format: list[int], dtype: torch.dtype) -> Tensor:
@@ -293,6 +334,16 @@ _define(
     _fake_none,
     batched=False,
 )
+_define(f"encode_packed({_CAST}) -> Tensor", _encode_packed, _fake_encode_packed, batched=False)
+torch.library.register_vmap("lowprec::encode_packed", _encode_packed_batched, lib=_LIBRARY)
+_define(
+    "decode_packed(Tensor codes, int[] format, int size, ScalarType dtype) -> Tensor",
+    _decode_packed,
+    _fake_decode_packed,
+    rule=batch_rows,
+)
+_define("pack_codes(Tensor codes, int bits) -> Tensor", pack_rows, _fake_pack, rule=batch_rows)
+_define("unpack_codes(Tensor codes, int bits, int size) -> Tensor", unpack_rows, _fake_unpack, rule=batch_rows)
 _define("draw_seed() -> Tensor", _draw_seed, _fake_seed, batched=False, tags=(torch.Tag.nondeterministic_seeded,))
 
 quantize = torch.ops.lowprec.quantize.default
@@ -301,6 +352,10 @@ quantize_out = torch.ops.lowprec.quantize_out.default
 encode = torch.ops.lowprec.encode.default
 encode_out = torch.ops.lowprec.encode_out.default
 decode = torch.ops.lowprec.decode.default
+encode_packed = torch.ops.lowprec.encode_packed.default
+decode_packed = torch.ops.lowprec.decode_packed.default
+pack_codes = torch.ops.lowprec.pack_codes.default
+unpack_codes = torch.ops.lowprec.unpack_codes.default
 decode_out = torch.ops.lowprec.decode_out.default
 adapt = torch.ops.lowprec.adapt.default
 quantize_block = torch.ops.lowprec.quantize_block.default

@@ -203,8 +203,10 @@ struct Setting {
   LOWPREC_INLINE Op make() const {
     if constexpr (std::is_constructible_v<Op, Format, bool>) {
       return Op(format, saturate);
-    } else {
+    } else if constexpr (std::is_constructible_v<Op, Format>) {
       return Op(format);
+    } else {
+      return Op();
     }
   }
 };

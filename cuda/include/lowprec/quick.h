@@ -25,9 +25,11 @@ struct alignas(std::min<size_t>(sizeof(T) * kWidth, 16)) Chunk {
   LOWPREC_DEVICE uint32_t word(int i) const { return reinterpret_cast<const uint32_t*>(at)[i]; }
 };
 
-/// How many elements a thread takes at a time: 16 bytes of the wider side, and no fewer than share a random counter.
+/// How many elements a thread takes at a time: 16 bytes of the wider side, and no fewer than share a random counter. No
+/// more than 8 either: so many codes make whole bytes, whatever their width.
 template <class Op>
-constexpr int chunk_width = std::max<int>(16 / std::max(sizeof(typename Op::Input), sizeof(typename Op::Output)), 4);
+constexpr int chunk_width =
+    std::clamp<int>(16 / std::max(sizeof(typename Op::Input), sizeof(typename Op::Output)), 4, 8);
 
 template <class Op>
 using Inputs = Chunk<typename Op::Input, chunk_width<Op>>;
