@@ -18,7 +18,7 @@ PEERS := ml_dtypes qtorch torchao pychop microxcaling
 STRICT := $(if $(CI),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-gpu lint types format peers study wheel check ci clean
+.PHONY: help venv build test test-gpu sanitize lint types format peers study wheel check ci clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -49,6 +49,11 @@ test: build ## the whole test suite
 
 test-gpu: build ## only the tests that need a GPU
 	$(RUN) -m pytest -m gpu $(ARGS)
+
+sanitize: build ## the kernels under compute-sanitizer: memory, races, what is read before it is written
+	for tool in memcheck racecheck initcheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(RUN) -m pytest -m "sanitize and gpu" -x -q $(ARGS) || exit; done
 
 lint: $(VENV) ## ruff and clang-format, changing nothing
 	ruff check

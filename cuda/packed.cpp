@@ -97,7 +97,7 @@ struct Cpu {
       // Words come four at a time, from an element whose index is a multiple of four.
       const int64_t before = first % 4;
       if (Op::random) draw(draws, first - before, count + before, words);
-      cast(op, input + first, codes, count, Op::random ? words + before : words);
+      cast(op, input + first, codes, count, Op::random ? words + before : nullptr);
       pack_block(codes, dense + byte, count, rows.bits);
     });
   }

@@ -18,6 +18,7 @@ from torch import Tensor
 from lowprec import eager, eager_block, eager_fused, eager_statistics
 from lowprec.adapt import adapt as _adapt
 from lowprec.formats import RULES, SPECIALS, Block, BlockFormat, FloatFormat
+from lowprec.packing import pack_rows, row_bytes, unpack_rows
 from lowprec.rounding import Rounding
 
 _CAST = "Tensor x, int[] format, int rounding, bool saturate, Tensor? seed, Tensor? offset, int random_bits"
@@ -40,6 +41,11 @@ def block_format_of(fields: tuple[int, ...]) -> BlockFormat:
     block: Block = (rows, columns) if rows else columns or "tensor"
     scale = format_of(fields[9:]) if fields[9:] else "e8m0"
     return BlockFormat(format_of(fields[:5]), block, scale=scale, rule=RULES[rule], tensor_scale=bool(tensor_scale))
+
+
+def bits_of(fields: list[int]) -> int:
+    """Width of a float format's codes."""
+    return 1 + fields[0] + fields[1]
 
 
 Kernel = Callable[..., Any]
@@ -112,6 +118,18 @@ def batch_block(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, .
     codes, scales, _ = result
     nothing = x.new_empty((info.batch_size, 0), dtype=torch.float32)
     return (codes.reshape(x.shape), scales.reshape(flat.scales), nothing), (0, 0, 0)
+
+
+def batch_encode_packed(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
+    """Batching rule of `encode_packed`: codes by the index in the batched tensor, then the rows of its samples."""
+    codes, dim = batch(encode, info, dims, args)
+    return batch_rows(pack_codes, info, (dim,), (codes, bits_of(args[1])))
+
+
+def batch_rows(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
+    """Batching rule of an op on rows: the batch comes first, and a sample that is a number is a row of one."""
+    x = args[0].movedim(dims[0], 0)
+    return op(x.unsqueeze(1) if x.dim() == 1 else x, *args[1:]), 0
 
 
 def _each(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -221,19 +239,6 @@ def _fake_unpack(dense: Tensor, bits: int, size: int) -> Tensor:
     return _rows(dense, size, torch.uint8)
 
 
-def _encode_packed_batched(info: Any, dims: tuple[Any, ...], x: Tensor, format: list[int], *args: Any) -> Any:
-    """Codes of the batched tensor, whose index is the one that counts; then the rows of its samples."""
-    codes, dim = batch(encode, info, dims, (x, format, *args))
-    codes = codes.movedim(dim, 0)
-    return pack_codes(codes.unsqueeze(1) if codes.dim() == 1 else codes, bits_of(format)), 0
-
-
-def batch_rows(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
-    """Batching rule of an op on rows: the batch comes first, and a sample that is a number is a row of one."""
-    x = args[0].movedim(dims[0], 0)
-    return op(x.unsqueeze(1) if x.dim() == 1 else x, *args[1:]), 0
-
-
 def _fake_decode(codes: Tensor, format: list[int], dtype: torch.dtype) -> Tensor:
     return torch.empty_like(codes, dtype=dtype)
 
@@ -334,8 +339,7 @@ _define(
     _fake_none,
     batched=False,
 )
-_define(f"encode_packed({_CAST}) -> Tensor", _encode_packed, _fake_encode_packed, batched=False)
-torch.library.register_vmap("lowprec::encode_packed", _encode_packed_batched, lib=_LIBRARY)
+_define(f"encode_packed({_CAST}) -> Tensor", _encode_packed, _fake_encode_packed, rule=batch_encode_packed)
 _define(
     "decode_packed(Tensor codes, int[] format, int size, ScalarType dtype) -> Tensor",
     _decode_packed,

@@ -21,7 +21,7 @@ from lowprec.eager import code_dtype
 from lowprec.eager_block import tiling
 from lowprec.formats import BlockFormat
 from lowprec.formats import format as lookup
-from lowprec.packing import pack_rows, row_bytes, unpack_rows
+from lowprec.packing import row_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +228,7 @@ def encode(x: Tensor, text: str, args: tuple[Any, ...], pack: bool) -> Packed:
     size = None
     if pack and bits < 8:
         size = x.shape[-1] if x.dim() else 1
-        codes = pack_rows(codes, bits)
+        codes = _ops.pack_codes(codes, bits)
     return Packed(codes, scales, _block_format(text), dim, tensor_scale if fields[8] else None, size)
 
 
@@ -238,7 +238,7 @@ def decode(packed: Packed, dtype: torch.dtype) -> Tensor:
     _require_whole(packed, fields)
     # The width from the fields: under `torch.compile` they are constants.
     bits = 1 + fields[0] + fields[1]
-    codes = packed.codes if packed.size is None else unpack_rows(packed.codes, bits, packed.size)
+    codes = packed.codes if packed.size is None else _ops.unpack_codes(packed.codes, bits, packed.size)
     values: Tensor = _ops.decode_block(codes, packed.scales, packed.tensor_scale, fields, packed.dim, dtype)
     return values
 

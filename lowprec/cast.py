@@ -15,7 +15,7 @@ from lowprec.block import Packed
 from lowprec.eager import CONTAINERS, code_dtype
 from lowprec.formats import BlockFormat, FloatFormat
 from lowprec.formats import float_format as lookup
-from lowprec.packing import pack_rows, row_bytes, unpack_rows
+from lowprec.packing import row_bytes
 from lowprec.rounding import Rounding
 
 FormatLike = FloatFormat | BlockFormat | str | torch.dtype
@@ -140,9 +140,8 @@ def encode(
     fields = call[0]
     if out is not None:
         return _write(_ops.encode_out, x, args, out, code_dtype(fields))
-    codes: Tensor = _ops.encode(x.detach(), *args)
-    bits = 1 + fields[0] + fields[1]
-    return pack_rows(codes, bits) if pack and bits < 8 else codes
+    op = _ops.encode_packed if pack and _ops.bits_of(fields) < 8 else _ops.encode
+    return op(x.detach(), *args)
 
 
 def decode(
@@ -178,7 +177,10 @@ def decode(
     codes, fmt = _codes_and_format(codes, fmt)
     fields = fields_of(fmt, dtype)
     if size is not None:
-        codes = _loosen(codes, fields, size)
+        _require_rows(codes, fields, size)
+        if out is None:
+            return _ops.decode_packed(codes, fields, size, dtype)
+        codes = _ops.unpack_codes(codes, _ops.bits_of(fields), size)
     if codes.dtype != code_dtype(fields):
         raise TypeError(f"codes of {fmt} are {code_dtype(fields)}, got {codes.dtype}")
     if out is not None:
@@ -197,9 +199,8 @@ def _decode_packed(
     return block.decode(packed, dtype)
 
 
-def _loosen(dense: Tensor, fields: list[int], size: int) -> Tensor:
-    """Codes that were stored densely, one to a byte."""
-    bits = 1 + fields[0] + fields[1]
+def _require_rows(dense: Tensor, fields: list[int], size: int) -> None:
+    bits = _ops.bits_of(fields)
     if bits >= 8:
         raise ValueError(f"size is for codes of fewer than 8 bits, which can be stored densely; these have {bits}")
     if dense.dtype != torch.uint8 or dense.dim() == 0 or dense.shape[-1] != row_bytes(size, bits):
@@ -207,7 +208,6 @@ def _loosen(dense: Tensor, fields: list[int], size: int) -> Tensor:
             f"codes of {size} elements a row must be uint8 with {row_bytes(size, bits)} bytes in the last dimension, "
             f"got {dense.dtype} of shape {tuple(dense.shape)}"
         )
-    return unpack_rows(dense, bits, size)
 
 
 class Quantize(torch.autograd.Function):

@@ -158,6 +158,26 @@ def _sums(device: torch.device) -> list[Arguments]:
     ]
 
 
+def _few_codes(device: torch.device) -> list[Tensor]:
+    """Codes that fit into 4 bits; as bytes, rows of 3 and of 15."""
+    codes = (_codes(device) % 16).reshape(20, 3)
+    return [codes, codes.reshape(4, 15)[:, :12], codes.transpose(0, 1), codes[:0], codes[0, 0]]
+
+
+def _dense_codes(device: torch.device) -> list[Arguments]:
+    """Every byte as 4-bit and as 6-bit codes."""
+    dense = torch.arange(240, dtype=torch.uint8, device=device).reshape(20, 12)
+    rows = [
+        (dense, "e2m1fn", 24),
+        (dense[:, :7], "e3m2fn", 9),
+        (dense.mT[:, :3], "e2m3fn", 4),
+        (dense[:0], "e2m1fn", 23),
+    ]
+    return [
+        (x, lookup(text).fields, size, dtype) for x, text, size in rows for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
 CASES = [
     Case("adapt", _adaptations),
     Case("quantize", _casts()),
@@ -197,5 +217,9 @@ CASES = [
     Case("cast_transpose", _both_layouts),
     Case("activate", _activations),
     Case("accumulate_", _sums),
+    Case("encode_packed", _casts(text="e3m2fn")),
+    Case("decode_packed", _dense_codes),
+    Case("pack_codes", lambda device: [(codes, 4) for codes in _few_codes(device)]),
+    Case("unpack_codes", lambda device: [(codes, 6, 4 * codes.shape[-1] // 3) for codes in _few_codes(device)[:2]]),
     Case("draw_seed", lambda device: [()], pure=False),
 ]

@@ -18,7 +18,7 @@ template <class Op>
 constexpr int kBlocksAtOnce = 4;
 // Chunks that a thread loads before it works on the first: what keeps the memory busy meanwhile.
 template <class Op>
-constexpr int kChunksAtOnce = 16 / chunk_width<Op> < 2 ? 2 : 16 / chunk_width<Op>;
+constexpr int kChunksAtOnce = 4;
 
 /// A 64-bit word that a kernel reads when it runs, where it is on the device: a replayed graph sees its new value.
 struct DeviceWord {

@@ -190,7 +190,7 @@ class QuickEncode {
       const uint32_t signs = top_bits<Code>(C{}, in.at + i * share) >> sign_drop_;
       out.word(i) = with_signs<kPlain>(magnitudes(y + i * share), signs, sign_, repeat<Code>(1), keep_);
     }
-    if (any_nan<width>(x)) put_nan(x, out);
+    if (any_nan<width>(x)) put_nan(x, in, out);
   }
 
  private:
@@ -202,10 +202,11 @@ class QuickEncode {
     return __byte_perm(low, high, 0x6420);
   }
 
-  LOWPREC_DEVICE void put_nan(const float* x, Outputs<Op>& out) const {
+  /// With the sign of the number as it was given: a NaN's conversion from float16 need not keep it.
+  LOWPREC_DEVICE void put_nan(const float* x, const Inputs<Op>& in, Outputs<Op>& out) const {
 #pragma unroll
     for (int i = 0; i < chunk_width<Op>; ++i) {
-      const uint32_t nan = nan_ | (as_bits(x[i]) >> 31 ? nan_sign_ : 0);
+      const uint32_t nan = nan_ | (in.at[i] & C::sign ? nan_sign_ : 0);
       out.at[i] = x[i] == x[i] ? out.at[i] : static_cast<Code>(nan);
     }
   }
