@@ -184,7 +184,8 @@ def _encode_packed(x: Tensor, format: list[int], *args: Any) -> Tensor:
 
 
 def _decode_packed(dense: Tensor, format: list[int], size: int, dtype: torch.dtype) -> Tensor:
-    return decode(unpack_rows(dense, bits_of(format), size), format, dtype)
+    values: Tensor = decode(unpack_rows(dense, bits_of(format), size), format, dtype)
+    return values
 
 
 def _activate(x: Tensor, format: list[int], rounding: int, *args: Any) -> Tensor:
