@@ -179,15 +179,19 @@ def decode(
     if size is not None:
         _require_rows(codes, fields, size)
         if out is None:
-            values: Tensor = _ops.decode_packed(codes, fields, size, dtype)
-            return values
+            return _decode_rows(codes, fields, size, dtype)
         loose: Tensor = _ops.unpack_codes(codes, _ops.bits_of(fields), size)
         codes = loose
     if codes.dtype != code_dtype(fields):
         raise TypeError(f"codes of {fmt} are {code_dtype(fields)}, got {codes.dtype}")
     if out is not None:
         return _write(_ops.decode_out, codes, (fields,), out, dtype)
-    values = _ops.decode(codes, fields, dtype)
+    values: Tensor = _ops.decode(codes, fields, dtype)
+    return values
+
+
+def _decode_rows(dense: Tensor, fields: list[int], size: int, dtype: torch.dtype) -> Tensor:
+    values: Tensor = _ops.decode_packed(dense, fields, size, dtype)
     return values
 
 
