@@ -18,17 +18,37 @@ constexpr int64_t kPiece = 1 << 16;  // elements of a whole tensor's block that 
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 constexpr int64_t kWords = 2048;     // random words at a time
 
+/// The largest magnitude, whatever it is: a maximum is all that the compiler turns into vector code.
 template <class C>
-LOWPREC_CLONES Peak<C> peak_of(const typename C::Bits* x, int64_t count) {
+LOWPREC_CLONES typename C::Word largest_of(const typename C::Bits* x, int64_t count) {
+  typename C::Word largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const typename C::Word magnitude = x[i] & (C::sign - 1);
+    largest = largest > magnitude ? largest : magnitude;
+  }
+  return largest;
+}
+
+/// The peak of `rows` runs, `pitch` apart.
+template <class C>
+Peak<C> peak_of(const typename C::Bits* x, int64_t count, int64_t rows = 1, int64_t pitch = 0) {
   Peak<C> peak;
-  for (int64_t i = 0; i < count; ++i) peak.add(x[i] & (C::sign - 1));
+  for (int64_t row = 0; row < rows; ++row) peak.amax = std::max(peak.amax, largest_of<C>(x + row * pitch, count));
+  if (peak.amax < C::infinity) return peak;
+  peak.amax = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < count; ++i) peak.add(x[row * pitch + i] & (C::sign - 1));
+  }
   return peak;
 }
 
-/// Peaks of blocks one element wide, a row more of each.
+/// The largest magnitudes of blocks one element wide, with a row more of each.
 template <class C>
-LOWPREC_CLONES void peaks_add(const typename C::Bits* x, Peak<C>* peaks, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) peaks[i].add(x[i] & (C::sign - 1));
+LOWPREC_CLONES void largest_add(const typename C::Bits* x, typename C::Word* largest, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const typename C::Word magnitude = x[i] & (C::sign - 1);
+    largest[i] = largest[i] > magnitude ? largest[i] : magnitude;
+  }
 }
 
 template <class C>
@@ -144,8 +164,7 @@ struct Job {
     for (int64_t from = 0, tile = strip.tile; from < strip.columns; from += tiles.width, ++tile) {
       const int64_t width = std::min(tiles.width, strip.columns - from);
       const int64_t begin = strip.begin + from;
-      Peak<C> peak;
-      for (int64_t row = 0; row < strip.rows; ++row) peak.merge(peak_of<C>(x + begin + row * tiles.columns, width));
+      const Peak<C> peak = peak_of<C>(x + begin, width, strip.rows, tiles.columns);
       const auto scale = blocks.scales.of(peak.amax, peak.infinite);
       if (scales) scales[tile] = code(peak, scale);
       const At at = blocks.at(scale);
@@ -154,14 +173,16 @@ struct Job {
   }
 
   void narrow(const Strip& strip, Words& words) const {
-    Peak<C> peaks[kColumns] = {};
+    alignas(64) typename C::Word largest[kColumns] = {};
     typename Blocks::Scale each[kColumns];
     for (int64_t row = 0; row < strip.rows; ++row) {
-      peaks_add<C>(x + strip.begin + row * tiles.columns, peaks, strip.columns);
+      largest_add<C>(x + strip.begin + row * tiles.columns, largest, strip.columns);
     }
     for (int64_t i = 0; i < strip.columns; ++i) {
-      each[i] = blocks.scales.of(peaks[i].amax, peaks[i].infinite);
-      if (scales) scales[strip.tile + i] = code(peaks[i], each[i]);
+      Peak<C> peak{largest[i], 0, 0};
+      if (largest[i] >= C::infinity) peak = peak_of<C>(x + strip.begin + i, 1, strip.rows, tiles.columns);
+      each[i] = blocks.scales.of(peak.amax, peak.infinite);
+      if (scales) scales[strip.tile + i] = code(peak, each[i]);
     }
     for (int64_t row = 0; row < strip.rows; ++row) {
       const int64_t begin = strip.begin + row * tiles.columns;

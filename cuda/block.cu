@@ -55,6 +55,13 @@ Tensor gather(C, const Tensor& x) {
   return memory;
 }
 
+/// log2 of a power of two.
+int shift_of(int64_t n) {
+  int shift = 0;
+  while (n >> shift > 1) ++shift;
+  return shift;
+}
+
 /// How many threads walk a block together: about as many as it is wide.
 int lanes_of(const Tiles& tiles) {
   if (tiles.width >= kWarp) return tiles.width * tiles.height >= kLarge ? kThreads : kWarp;
@@ -75,8 +82,8 @@ void run_tiles(const Blocks& blocks, const BlockArrays<Blocks>& arrays, const Ti
 template <class Blocks>
 bool in_rows(const BlockArrays<Blocks>& arrays, const Tiles& tiles) {
   const auto aligned = [](const void* array, size_t to) { return reinterpret_cast<uintptr_t>(array) % to == 0; };
-  const int64_t lanes = tiles.width / kRun;
-  return !tiles.whole() && tiles.height == 1 && tiles.width % kRun == 0 && tiles.columns % tiles.width == 0 &&
+  const int64_t lanes = tiles.width / kRun<Blocks>;
+  return !tiles.whole() && tiles.height == 1 && tiles.width % kRun<Blocks> == 0 && tiles.columns % tiles.width == 0 &&
          lanes >= 1 && lanes <= kWarp && (lanes & (lanes - 1)) == 0 && aligned(arrays.x, alignof(RunIn<Blocks>)) &&
          aligned(arrays.out, alignof(RunOut<Blocks>));
 }
@@ -102,9 +109,9 @@ struct Cuda {
     if (x.numel() == 0) return;
     if constexpr (QuickOf<Blocks>::exists) {
       if (in_rows(arrays, tiles)) {
-        const int64_t runs = x.numel() / kRun;
+        const int64_t runs = x.numel() / kRun<Blocks>;
         rows_kernel<<<grid_size(runs, x.get_device_index()), kThreads, 0, current_stream(x)>>>(
-            blocks, QuickOf<Blocks>(blocks), arrays, runs, static_cast<int>(tiles.width / kRun), draws,
+            blocks, QuickOf<Blocks>(blocks), arrays, runs, shift_of(tiles.width / kRun<Blocks>), draws,
             static_cast<uint32_t>(mode));
         return check_cuda(cudaGetLastError());
       }

@@ -29,7 +29,9 @@ struct BlockFormat {
   Format scale;
 
   /// Whether codes are stored as two's complement.
-  LOWPREC_INLINE constexpr bool twos_complement() const { return element.ebits == 0 && element.specials == Specials::fnuz; }
+  LOWPREC_INLINE constexpr bool twos_complement() const {
+    return element.ebits == 0 && element.specials == Specials::fnuz;
+  }
 };
 
 /// A rounding mode that is chosen at run time: in place of a random word it is given its number in Python's `Rounding`.
@@ -164,7 +166,7 @@ LOWPREC_INLINE typename C::Word round_into(Scaled x) {
 
 /// Two's complement from sign and magnitude, and back; the code of -0, which is NaN's, stays.
 LOWPREC_INLINE uint32_t stored(uint32_t code, uint32_t sign, bool twos_complement) {
-  return twos_complement && code > sign ? 3 * sign - code : code;
+  return twos_complement & (code > sign) ? 3 * sign - code : code;
 }
 
 // The cast of one element to a format whose exponents are raised by k.

@@ -1,7 +1,7 @@
 // The kernels of casts to and from block formats on CUDA. Device code only, without torch.
 //
-// `rows_kernel` is for the usual case: short blocks along contiguous rows, with power-of-two scales. A thread holds 8
-// elements, a block's threads are neighbours in a warp, and every element is read once. `tiles_kernel` is for all else:
+// `rows_kernel` is for the usual case: short blocks along contiguous rows, with power-of-two scales. A thread holds 32
+// bytes, a block's threads are neighbours in a warp, and every element is read once. `tiles_kernel` is for all else:
 // a group of threads walks a block twice, for its scale and for the cast; the second time it comes from the cache. A
 // block that is the whole tensor has its peak from `peak_kernel`.
 #pragma once
@@ -173,7 +173,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // Short blocks along contiguous rows.
 
-constexpr int kRun = 8;  // elements of a thread
+/// Elements of a thread: 32 bytes.
+template <class Blocks>
+constexpr int kRun = 32 / sizeof(typename Blocks::Container::Bits);
 
 /// The quick way for elements under a power-of-two scale: the number times 2^-k is rounded as in `FloatGrid`. Rounding
 /// that product towards zero, which matters below float32's numbers alone, changes no digit that these modes look at.
@@ -193,7 +195,7 @@ struct QuickOf<PowerBlocks<C, BlockQuantize<C, Mode>>> {
 
   template <class Blocks>
   explicit QuickOf(const Blocks& from) : cast(from.format.element, from.saturate) {
-    usable = cast.grid.usable && !(C::exponent_bits < 8 && cast.makes_nan());
+    usable = cast.grid.usable && !cast.makes_nan();  // whose bits no product would keep
   }
 };
 
@@ -217,48 +219,50 @@ struct QuickOf<PowerBlocks<C, BlockEncode<C, Mode, uint8_t>>> {
 };
 
 template <class Blocks>
-using RunIn = Chunk<typename Blocks::Container::Bits, kRun>;
+using RunIn = Chunk<typename Blocks::Container::Bits, kRun<Blocks>>;
 template <class Blocks>
-using RunOut = Chunk<typename Blocks::Output, kRun>;
+using RunOut = Chunk<typename Blocks::Output, kRun<Blocks>>;
 
 /// The random words of a thread's elements.
+template <class Blocks>
 struct RunWords {
-  uint32_t at[kRun];
+  uint32_t at[kRun<Blocks>];
 };
 
 /// A thread's elements by the way that serves every number. Not inlined: it is rarely taken.
 template <class Blocks>
-__device__ __noinline__ RunOut<Blocks> cast_run(const Blocks& blocks, int k, RunIn<Blocks> in, RunWords words,
+__device__ __noinline__ RunOut<Blocks> cast_run(const Blocks& blocks, int k, RunIn<Blocks> in, RunWords<Blocks> words,
                                                 uint32_t mode) {
   const auto at = blocks.at(k);
   RunOut<Blocks> out;
 #pragma unroll 1
-  for (int i = 0; i < kRun; ++i) out.at[i] = at(in.at[i], Blocks::At::random ? words.at[i] : mode);
+  for (int i = 0; i < kRun<Blocks>; ++i) out.at[i] = at(in.at[i], Blocks::At::random ? words.at[i] : mode);
   return out;
 }
 
 /// A thread's elements by the quick way, if it serves them all.
 template <bool kPlain, class Blocks>
-LOWPREC_DEVICE bool try_quick(const QuickOf<Blocks>& quick, int k, const RunIn<Blocks>& in, const RunWords& words,
-                              RunOut<Blocks>& out) {
+LOWPREC_DEVICE bool try_quick(const QuickOf<Blocks>& quick, int k, const RunIn<Blocks>& in,
+                              const RunWords<Blocks>& words, RunOut<Blocks>& out) {
   using C = typename Blocks::Container;
-  float x[kRun];
+  float x[kRun<Blocks>];
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) x[i] = to_float(C{}, in.at[i]);
-  if (!all_numbers<kRun>(x)) return false;
+  for (int i = 0; i < kRun<Blocks>; ++i) x[i] = to_float(C{}, in.at[i]);
+  if (!all_numbers<kRun<Blocks>>(x)) return false;
   const float down = power_of_two(-k);
   if constexpr (QuickOf<Blocks>::codes) {
-    uint32_t pair[2] = {0, 0};
+    uint32_t fours[kRun<Blocks> / 4] = {};
 #pragma unroll
-    for (int i = kRun - 1; i >= 0; --i) {
+    for (int i = kRun<Blocks> - 1; i >= 0; --i) {
       const uint32_t code = quick.cast.template apply<kPlain>(__fmul_rz(x[i], down), words.at[i]);
-      pair[i / 4] = (pair[i / 4] << 8) + stored(code, quick.sign, !kPlain && quick.twos_complement);
+      fours[i / 4] = (fours[i / 4] << 8) + stored(code, quick.sign, !kPlain && quick.twos_complement);
     }
-    out = bit_cast<RunOut<Blocks>>(make_uint2(pair[0], pair[1]));
+#pragma unroll
+    for (int i = 0; i < kRun<Blocks>; i += 4) reinterpret_cast<uint32_t*>(out.at)[i / 4] = fours[i / 4];
   } else {
     const float up = power_of_two(k);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) {
+    for (int i = 0; i < kRun<Blocks>; ++i) {
       x[i] = __fmul_rn(quick.cast.template apply<kPlain>(__fmul_rz(x[i], down), words.at[i]), up);
     }
     store(C{}, x, out);
@@ -266,12 +270,13 @@ LOWPREC_DEVICE bool try_quick(const QuickOf<Blocks>& quick, int k, const RunIn<B
   return true;
 }
 
-/// Blocks of kRun · lanes elements, one after another; lanes is a power of two up to a warp. The arrays are aligned.
+/// Blocks of 2^shift runs, one after another, for up to a warp of threads. The arrays are aligned.
 template <class Blocks>
 __global__ void __launch_bounds__(kThreads, 4)
-    rows_kernel(const Blocks blocks, const QuickOf<Blocks> quick, const BlockArrays<Blocks> arrays, const int64_t runs,
-                const int lanes, const DeviceDraws draws, const uint32_t mode) {
+    rows_kernel(const __grid_constant__ Blocks blocks, const QuickOf<Blocks> quick, const BlockArrays<Blocks> arrays,
+                const int64_t runs, const int shift, const DeviceDraws draws, const uint32_t mode) {
   using C = typename Blocks::Container;
+  const int lanes = 1 << shift;
   using Word = typename C::Word;
   const DrawOne draw_from(draws);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -282,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (active) in = reinterpret_cast<const RunIn<Blocks>*>(arrays.x)[run];
     Word largest = 0;
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) {
+    for (int i = 0; i < kRun<Blocks>; ++i) {
       const Word magnitude = in.at[i] & (C::sign - 1);
       largest = largest > magnitude ? largest : magnitude;
     }
@@ -293,15 +298,19 @@ __global__ void __launch_bounds__(kThreads, 4)
     Peak<C> peak{largest, 0, 0};
     if (__any_sync(kEveryone, largest >= C::infinity)) {
       peak.amax = 0;
-      for (int i = 0; i < kRun; ++i) peak.add(in.at[i] & (C::sign - 1));
+#pragma unroll
+      for (int i = 0; i < kRun<Blocks>; ++i) peak.add(in.at[i] & (C::sign - 1));
       peak = over_lanes(peak, lanes);
     }
     if (!active) continue;
     const int k = blocks.scales.of(peak.amax, peak.infinite);
-    if (run % lanes == 0) write_scale(blocks, arrays.scales, run / lanes, k, peak.nan);
-    RunWords words = {};
+    if ((run & (lanes - 1)) == 0) write_scale(blocks, arrays.scales, run >> shift, k, peak.nan);
+    RunWords<Blocks> words = {};
     if constexpr (Blocks::At::random) {
-      draw<kRun>(draw_from.bits, draw_from.seed, draw_from.offset, run * kRun, words.at);
+#pragma unroll
+      for (int i = 0; i < kRun<Blocks>; i += 8) {
+        draw<8>(draw_from.bits, draw_from.seed, draw_from.offset, run * kRun<Blocks> + i, words.at + i);
+      }
     }
     RunOut<Blocks> out;
     const bool done = quick.usable && (quick.cast.grid.plain ? try_quick<true>(quick, k, in, words, out)
