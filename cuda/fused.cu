@@ -322,13 +322,16 @@ struct ByteCast {
     quick = encode.usable && (!values || quantize.usable);
   }
 
-  /// Values take the place of x. False, with neither of use, where an element is not served.
-  __device__ bool try_apply(Values& x, int64_t index, const AnyDraw& draw, Codes& codes) const {
+  /// The values where they are wanted, and the codes.
+  __device__ void apply(const Values& x, int64_t index, const AnyDraw& draw, Values& rounded, Codes& codes) const {
     ChunkWords<Quantize<D, Mode>> words{};
     if constexpr (Mode::random) lowprec::draw<width>(draw.bits, draw.seed, draw.offset, index, words.at);
-    if (!values) return encode.template try_apply<false>(x, reinterpret_cast<const EncodeWords&>(words), codes);
-    if (!quantize.template try_apply<false>(x, words, x)) return false;
-    return exact.template try_apply<false>(x, ChunkWords<Encode<D, TowardZero, uint8_t>>{}, codes);
+    if (values) {
+      quantize.template apply<false>(x, words, rounded);
+      exact.template apply<false>(rounded, ChunkWords<Encode<D, TowardZero, uint8_t>>{}, codes);
+    } else {
+      encode.template apply<false>(x, reinterpret_cast<const EncodeWords&>(words), codes);
+    }
   }
 
  private:
@@ -394,15 +397,17 @@ __device__ void cast_tile(const ByteCast<D, Mode>& cast, const Matrices& m, cons
       const int64_t i = corner + row * m.width;
       if (at.row + row >= m.height) break;
       uint32_t* words = staged + staged_at(row, column / 4);
-      typename Cast::Codes codes;
-      if (!cast.quick || !cast.try_apply(chunks[k], i, draw, codes)) {
+      if (!cast.quick) {
         cast_slowly(cast.any, m, i, width, draw, reinterpret_cast<uint8_t*>(words));
         continue;
       }
+      typename Cast::Values rounded;
+      typename Cast::Codes codes;
+      cast.apply(chunks[k], i, draw, rounded, codes);
       *reinterpret_cast<typename Cast::Codes*>(words) = codes;
       if (!m.rows.data) continue;
       if (m.row_values) {
-        *reinterpret_cast<typename Cast::Values*>(static_cast<typename D::Bits*>(m.rows.data) + i) = chunks[k];
+        *reinterpret_cast<typename Cast::Values*>(static_cast<typename D::Bits*>(m.rows.data) + i) = rounded;
       } else {
         *reinterpret_cast<typename Cast::Codes*>(static_cast<uint8_t*>(m.rows.data) + i) = codes;
       }
