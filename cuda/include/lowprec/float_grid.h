@@ -170,4 +170,113 @@ LOWPREC_DEVICE float round_magnitude(const FloatGrid& grid, float x, uint32_t wo
   return fabsf(__fmaf_rn(-power, grid.large, FloatSum<Mode>::add(grid, power, clamped, sign, word)));
 }
 
+/// Value to value of the format for a number that is no NaN, both as float32.
+template <class Mode>
+class FloatQuantize {
+ public:
+  FloatGrid grid;
+
+  FloatQuantize() = default;
+  LOWPREC_INLINE FloatQuantize(const Format& format, bool saturate) : grid(format, saturate) {
+    const bool stays = format.overflow_code(saturate) == format.max_code();
+    overflow_ = stays ? as_bits(grid.largest) : format.has_infinity() ? Float32::infinity : Float32::quiet_nan;
+  }
+
+  /// Whether an overflow becomes a NaN, whose bits a conversion to another dtype need not keep.
+  LOWPREC_INLINE bool makes_nan() const { return overflow_ > Float32::infinity; }
+
+  template <bool kPlain>
+  LOWPREC_DEVICE float apply(float x, uint32_t word) const {
+    const uint32_t sign = as_bits(x) & Float32::sign;
+    const float rounded = round_magnitude<Mode, kPlain>(grid, x, word);
+    if (kPlain) return as_float(as_bits(rounded) | sign);
+    const uint32_t bits = rounded > grid.largest ? overflow_ : as_bits(rounded);
+    return as_float(grid.minus_zero || rounded != 0 ? bits | sign : bits);
+  }
+
+ private:
+  uint32_t overflow_;
+};
+
+/// Number to code, for a number that is no NaN.
+template <class Mode>
+class FloatEncode {
+ public:
+  FloatGrid grid;
+
+  FloatEncode() = default;
+  LOWPREC_INLINE FloatEncode(const Format& format, bool saturate) : grid(format, saturate) {
+    if (!grid.usable) return;
+    // As a float32 of this scale a value has its code at the top of its bits.
+    scale_ = power_of_two(1 - static_cast<int>(grid.least >> Float32::fraction_bits));
+    drop_ = Float32::fraction_bits - Grid::of(format, Float32{}).mantissa_bits;
+    sign_drop_ = 32 - format.bits();
+    sign_ = format.sign_code();
+  }
+
+  template <bool kPlain>
+  LOWPREC_DEVICE uint32_t apply(float x, uint32_t word) const {
+    const float rounded = round_magnitude<Mode, kPlain>(grid, x, word);
+    const uint32_t code = as_bits(rounded * scale_) >> drop_;
+    const uint32_t sign = (as_bits(x) >> sign_drop_) & sign_;
+    return kPlain || grid.minus_zero || code != 0 ? code | sign : code;
+  }
+
+ private:
+  float scale_;
+  int drop_;
+  int sign_drop_;
+  uint32_t sign_;
+};
+
+/// Code to value as float32, for the codes of finite values: their digits, put where float32 has its own, are the value
+/// but for a power of two.
+class FloatDecode {
+ public:
+  bool usable;
+  bool plain;  // every code is that of a value, and means what its digits say
+
+  FloatDecode() = default;
+  explicit LOWPREC_INLINE FloatDecode(const Format& format) {
+    const Grid grid = Grid::of(format, Float32{});
+    const int fields = static_cast<int>(format.top_code() >> grid.mantissa_bits);
+    const int exponent_bits = format.bits() - 1 - grid.mantissa_bits;
+    usable = grid.mantissa_bits <= Float32::fraction_bits && fields < 255 && !grid.skipped &&
+             grid.min_exponent > -Float32::bias && grid.min_exponent <= Float32::bias && format.bits() <= 16;
+    plain = format.max_code() == format.top_code() && format.has_negative_zero() && format.subnormals;
+    if (!usable) return;
+    scale_ = power_of_two(grid.min_exponent);
+    lift_ = 33 - format.bits();
+    drop_ = 9 - exponent_bits;
+    max_ = format.max_code() << lift_;
+    least_ = (1u << grid.gap) << lift_;
+    minus_zero_ = format.has_negative_zero();
+  }
+
+  /// Whether a code is that of a finite value.
+  LOWPREC_INLINE bool finite(uint32_t code) const {
+    const uint32_t magnitude = code << lift_;
+    const bool is_nan = !minus_zero_ && magnitude == 0 && (code << (lift_ - 1)) != 0;
+    return magnitude <= max_ && !is_nan;
+  }
+
+  template <bool kPlain>
+  LOWPREC_INLINE float apply(uint32_t code) const {
+    const uint32_t magnitude = code << lift_;
+    const float value = as_float(magnitude >> drop_) * scale_;
+    const uint32_t sign = (code << (lift_ - 1)) & Float32::sign;
+    if (kPlain) return as_float(as_bits(value) | sign);
+    const uint32_t bits = magnitude >= least_ ? as_bits(value) : 0;
+    return as_float(minus_zero_ || bits != 0 ? bits | sign : bits);
+  }
+
+ private:
+  float scale_;
+  int lift_;
+  int drop_;
+  uint32_t max_;    // the largest finite magnitude, lifted to the top of a word
+  uint32_t least_;  // the smallest magnitude that is not zero
+  bool minus_zero_;
+};
+
 }  // namespace lowprec

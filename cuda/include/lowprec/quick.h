@@ -61,19 +61,26 @@ LOWPREC_DEVICE uint32_t to_word(Float16, const float* x) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+template <class C, int kWidth>
+LOWPREC_DEVICE void store(C container, const float* values, Chunk<typename C::Bits, kWidth>& out) {
+  constexpr int share = 4 / sizeof(typename C::Bits);
+#pragma unroll
+  for (int i = 0; i < kWidth / share; ++i) out.word(i) = to_word(container, values + i * share);
+}
+
 template <class C, class AnyChunk>
 LOWPREC_DEVICE void to_floats(C container, const AnyChunk& in, float* x) {
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(in.at) / sizeof(in.at[0])); ++i) x[i] = to_float(container, in.at[i]);
 }
 
-/// Whether one of the numbers is NaN: two to an instruction.
+/// Whether none of the numbers is NaN: two to an instruction.
 template <int kWidth>
-LOWPREC_DEVICE bool any_nan(const float* x) {
+LOWPREC_DEVICE bool all_numbers(const float* x) {
   bool numbers = true;
 #pragma unroll
   for (int i = 0; i < kWidth; i += 2) numbers &= x[i] < x[i + 1] || x[i] >= x[i + 1];
-  return !numbers;
+  return numbers;
 }
 
 /// Signs for magnitudes that lie side by side in a word, the top bit of each field 0. Without -0 (`keep` is 0) zeros
@@ -128,7 +135,7 @@ class QuickQuantize {
     for (int i = 0; i < Outputs<Op>::words; ++i) {
       out.word(i) = with_signs<kPlain>(to_word(C{}, y + i * share), in.word(i), top, one, keep_);
     }
-    if (any_nan<width>(x)) keep_nan(x, in, out);
+    if (!all_numbers<width>(x)) keep_nan(x, in, out);
   }
 
  private:
@@ -190,7 +197,7 @@ class QuickEncode {
       const uint32_t signs = top_bits<Code>(C{}, in.at + i * share) >> sign_drop_;
       out.word(i) = with_signs<kPlain>(magnitudes(y + i * share), signs, sign_, repeat<Code>(1), keep_);
     }
-    if (any_nan<width>(x)) put_nan(x, in, out);
+    if (!all_numbers<width>(x)) put_nan(x, in, out);
   }
 
  private:
