@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
+
 from lowprec.bias import Cast, Rule, plain_format
 from lowprec.cast import FormatLike
 from lowprec.formats import BlockFormat, FloatFormat, format
@@ -170,21 +172,21 @@ def _overrides(given: Mapping[str, Policy | str | None]) -> Iterator[tuple[str, 
         yield pattern, policy
 
 
-recipes: Mapping[str, Policy] = MappingProxyType(
-    {
-        "bf16": Policy("bf16", "bf16", "bf16", "bf16"),
-        "fp8": Policy("1-4-3:emax=8", "1-4-3:emax=8", "1-5-2:emax=1", "1-5-2:emax=1"),
-        "fp8-forward": Policy("1-4-3:emax=8", "1-4-3:emax=8"),
-        "fp8-sampled": Policy(
-            Cast("1-4-3:emax=8", bias="sampled"),
-            Cast("1-4-3:emax=8", bias="sampled"),
-            Cast("1-5-2:emax=1", bias="sampled"),
-            Cast("1-5-2:emax=1", bias="sampled"),
-        ),
-        "mxfp8": Policy("mxfp8_e4m3", "mxfp8_e4m3", "mxfp8_e5m2"),
-        "nvfp4": Policy("nvfp4", "nvfp4", Cast("nvfp4", rounding="stochastic")),
-    }
-)
+def _recipes() -> Iterator[tuple[str, Policy]]:
+    def sampled(fmt: str) -> Cast:
+        return Cast(fmt, bias="sampled")
+
+    forward, backward = "1-4-3:emax=8", "1-5-2:emax=1"
+    yield "bf16", Policy("bf16", "bf16", "bf16", "bf16")
+    yield "fp8", Policy(forward, forward, backward, backward)
+    yield "fp8-forward", Policy(forward, forward)
+    yield "fp8-sampled", Policy(sampled(forward), sampled(forward), sampled(backward), sampled(backward))
+    yield "mxfp8", Policy("mxfp8_e4m3", "mxfp8_e4m3", "mxfp8_e5m2")
+    yield "nvfp4", Policy("nvfp4", "nvfp4", Cast("nvfp4", rounding="stochastic"))
+
+
+with torch.random.fork_rng(devices=[]):  # a template draws a seed of its own, which is not to be missed elsewhere
+    recipes: Mapping[str, Policy] = MappingProxyType(dict(_recipes()))
 """Ready policies by name. "bf16": every role, overflowing to infinity. "fp8": 1-4-3 forward up to 2^8, 1-5-2 gradients
 up to 2^1, saturating. "fp8-forward": the same forward, with a backward pass in full precision. "fp8-sampled": as "fp8",
 every tensor's bias measured on the schedule of 2017. "mxfp8": e4m3 forward and e5m2 gradients in blocks of 32 along

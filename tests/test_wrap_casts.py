@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -123,6 +125,13 @@ def test_seeds_differ_from_tensor_to_tensor() -> None:
     again = lp.wrap(network(), RANDOM)
     step(again, batch(0, 5, 8))
     assert same_states(model, again)
+
+
+def test_importing_draws_nothing() -> None:
+    script = "import torch; torch.manual_seed(0); import lowprec; print(torch.initial_seed(), torch.rand(()).item())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    torch.manual_seed(0)
+    assert done.stdout.split() == ["0", str(torch.rand(()).item())]
 
 
 # Saving, copying, wrapping again.
