@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import pickle
+import warnings
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -554,16 +556,44 @@ def test_bits_of_dense_codes() -> None:
 # Second opinions.
 
 
-def test_torchao_mx() -> None:
-    """torchao's MX casts agree on every element format it has, with its floor rule."""
-    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-    config = pytest.importorskip("torchao.prototype.mx_formats.config")
-    x = (torch.randn(64, 128) * torch.exp2(torch.randint(-20, 20, (64, 1)))).bfloat16()
-    for text, dtype in (("mxfp8_e4m3", torch.float8_e4m3fn), ("mxfp8_e5m2", torch.float8_e5m2)):
-        scales, codes = mx.to_mx(x, dtype, 32, config.ScaleCalculationMode.FLOOR)
-        ours = lp.encode(x, text)
-        assert torch.equal(scales.view(torch.uint8).reshape(ours.scales.shape), ours.scales)
+@pytest.fixture(scope="module")
+def torchao() -> Any:
+    """torchao's MX and NVFP4 casts; importing them warns of other things."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+        return importlib.import_module("torchao.prototype.mx_formats")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rule", "mode"), [("floor", "FLOOR"), ("ceil", "RCEIL"), ("nearest", "EVEN")])
+def test_torchao_mx(torchao: Any, rule: str, mode: str, dtype: torch.dtype) -> None:
+    """The same scales and codes; but its scale of an all-zero block is 2^-127 where bfloat16 bounds ours."""
+    x = (torch.randn(256, 128) * torch.exp2(torch.randint(-20, 20, (256, 1)))).to(dtype)
+    x[0], x[1, 0] = 0.0, 1024 * (1 - 2.0**-8)
+    elements = {"mxfp8_e4m3": torch.float8_e4m3fn, "mxfp8_e5m2": torch.float8_e5m2, "mxfp4": torch.float4_e2m1fn_x2}
+    for text, element in (elements | {"mxfp6_e2m3": "fp6_e2m3", "mxfp6_e3m2": "fp6_e3m2"}).items():
+        scales, codes = torchao.mx_tensor.to_mx(x, element, 32, torchao.config.ScaleCalculationMode[mode])
+        ours = lp.encode(x, f"{text}:rule={rule}", pack=text == "mxfp4")
         assert torch.equal(codes.view(torch.uint8).reshape(ours.codes.shape), ours.codes)
+        assert torch.equal(scales.view(torch.uint8).reshape(ours.scales.shape)[1:], ours.scales[1:])
+        assert not scales.view(torch.uint8).reshape(ours.scales.shape)[0].any()
+
+
+def test_torchao_nvfp4(torchao: Any) -> None:
+    """The same from float32, but for the scale of a zero block: 2^-6, where ours is 0."""
+    x = torch.randn(256, 128)
+    x[0] = 0.0
+    tensor_scale = torchao.nvfp4_tensor.per_tensor_amax_to_scale(x.abs().max())
+    scales, codes = torchao.nvfp4_tensor.nvfp4_quantize(x, 16, tensor_scale)
+    ours = lp.encode(x, "nvfp4", pack=True)
+    assert ours.tensor_scale is not None
+    assert_bits_equal(tensor_scale.reshape(()), ours.tensor_scale)
+    assert torch.equal(codes.view(torch.uint8), ours.codes)
+    found = scales.view(torch.uint8).reshape(ours.scales.shape)
+    assert torch.equal(found[1:], ours.scales[1:])
+    assert (found[0].tolist(), ours.scales[0].tolist()) == ([found[0, 0].item()] * 8, [0] * 8)
+    assert found[0].all()
 
 
 def test_the_rules_are_ordered() -> None:
