@@ -41,7 +41,13 @@ def quantize(
     words: Sequence[int] | None = None,
     random_bits: int = 32,
 ) -> Quantized:
-    """Round numbers of a dtype to a block format; `words` are the elements' random words."""
+    """Round numbers of a dtype to a block format; `words` are the elements' random words.
+
+    Raises:
+        ValueError: for a dtype that holds the elements with no power-of-two scale.
+    """
+    if fmt.scale == "e8m0":
+        scale_range(fmt.element, dtype)
     places = blocks_of(shape, fmt, dim)
     members: list[list[float]] = [[] for _ in range(math.prod(scales_shape(shape, fmt, dim)))]
     for number, place in zip(x, places, strict=True):
