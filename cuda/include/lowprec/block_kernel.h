@@ -177,56 +177,6 @@ __global__ void __launch_bounds__(kThreads)
 template <class Blocks>
 constexpr int kRun = 32 / sizeof(typename Blocks::Container::Bits);
 
-/// Number to value as float32, for a number that is no NaN.
-template <class Mode>
-struct FloatQuantize {
-  FloatGrid grid;
-  float overflow;
-
-  LOWPREC_INLINE FloatQuantize(const Format& format, bool saturate) : grid(format, saturate) {
-    const bool stays = format.overflow_code(saturate) == format.max_code();
-    const uint32_t special = format.has_infinity() ? Float32::infinity : Float32::quiet_nan;
-    overflow = stays ? grid.largest : as_float(special);
-  }
-
-  LOWPREC_INLINE bool makes_nan() const { return as_bits(overflow) > Float32::infinity; }
-
-  template <bool kPlain>
-  LOWPREC_DEVICE float apply(float x, uint32_t word) const {
-    const uint32_t sign = as_bits(x) & Float32::sign;
-    const float rounded = round_magnitude<Mode, kPlain>(grid, x, word);
-    if (kPlain) return as_float(as_bits(rounded) | sign);
-    const uint32_t bits = as_bits(rounded > grid.largest ? overflow : rounded);
-    return as_float(grid.minus_zero || bits != 0 ? bits | sign : bits);
-  }
-};
-
-/// Number to code, for a number that is no NaN.
-template <class Mode>
-struct FloatEncode {
-  FloatGrid grid;
-  float scale = 0;
-  int drop = 0;
-  int sign_drop = 0;
-  uint32_t sign = 0;
-
-  LOWPREC_INLINE FloatEncode(const Format& format, bool saturate) : grid(format, saturate) {
-    if (!grid.usable) return;
-    // As a float32 of this scale a value has its code at the top of its bits.
-    scale = power_of_two(1 - static_cast<int>(grid.least >> Float32::fraction_bits));
-    drop = Float32::fraction_bits - Grid::of(format, Float32{}).mantissa_bits;
-    sign_drop = 32 - format.bits();
-    sign = format.sign_code();
-  }
-
-  template <bool kPlain>
-  LOWPREC_DEVICE uint32_t apply(float x, uint32_t word) const {
-    const uint32_t code = as_bits(round_magnitude<Mode, kPlain>(grid, x, word) * scale) >> drop;
-    const uint32_t signs = (as_bits(x) >> sign_drop) & sign;
-    return kPlain || grid.minus_zero || code != 0 ? code | signs : code;
-  }
-};
-
 /// The quick way for elements under a power-of-two scale: the number times 2^-k is rounded as in `FloatGrid`. Rounding
 /// that product towards zero, which matters below float32's numbers alone, changes no digit that these modes look at.
 template <class Blocks>
@@ -298,7 +248,7 @@ LOWPREC_DEVICE bool try_quick(const QuickOf<Blocks>& quick, int k, const RunIn<B
   float x[kRun<Blocks>];
 #pragma unroll
   for (int i = 0; i < kRun<Blocks>; ++i) x[i] = to_float(C{}, in.at[i]);
-  if (any_nan<kRun<Blocks>>(x)) return false;
+  if (!all_numbers<kRun<Blocks>>(x)) return false;
   const float down = power_of_two(-k);
   if constexpr (QuickOf<Blocks>::codes) {
     uint32_t fours[kRun<Blocks> / 4] = {};
@@ -315,9 +265,7 @@ LOWPREC_DEVICE bool try_quick(const QuickOf<Blocks>& quick, int k, const RunIn<B
     for (int i = 0; i < kRun<Blocks>; ++i) {
       x[i] = __fmul_rn(quick.cast.template apply<kPlain>(__fmul_rz(x[i], down), words.at[i]), up);
     }
-    constexpr int share = 4 / sizeof(typename Blocks::Output);
-#pragma unroll
-    for (int i = 0; i < RunOut<Blocks>::words; ++i) out.word(i) = to_word(C{}, x + i * share);
+    store(C{}, x, out);
   }
   return true;
 }
