@@ -106,6 +106,7 @@ def scales_and_values(x: list[float], fmt: str, device: torch.device) -> tuple[l
 BELOW = 1 - 2.0**-24  # one ulp below a power of two in float32, times that power
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     ("fmt", "x", "scale", "values"),
     [
@@ -159,6 +160,7 @@ def test_codes_of_mxint8_are_twos_complement(device: torch.device) -> None:
     assert_bits_equal(lp.decode(packed), torch.where(x == 0, 0.0, x))
 
 
+@pytest.mark.sanitize
 def test_nvfp4_by_value(device: torch.device) -> None:
     """A tensor scale of 1, block scales of 448 and less, and codes from the quotient."""
     x = torch.zeros(48, device=device)
@@ -332,6 +334,7 @@ def test_devices_and_lengths_agree_on_many_blocks(
             assert_bits_equal(one, other, what=f"{fmt} {mode} {saturate}")
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("text", ["mxfp8_e4m3", "mxint8", "nvfp4", "bfp8/16x16", "bfp8/tensor"])
 def test_large_tensors(text: str, device: torch.device) -> None:
     """Several threads and thread blocks; the twin is right for any size."""
@@ -369,6 +372,7 @@ def test_error_is_within_the_spacing() -> None:
 # Layouts and transformations.
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("text", ["mxfp4", "bfp8/2x3", "bfp6/tensor", "nvfp4"])
 def test_strides_and_outputs(text: str, device: torch.device) -> None:
     x = torch.randn(6, 5, 40, device=device)
@@ -448,6 +452,7 @@ def test_compiled_functions(text: str, device: torch.device) -> None:
     assert_bits_equal(found.scales, expected.scales)
 
 
+@pytest.mark.sanitize
 def test_statistics_are_those_of_the_cast(device: torch.device) -> None:
     x = torch.randn(5, 64, device=device)
     x[0, 0], x[1, 0], x[2, 0] = math.inf, math.nan, 1e-20

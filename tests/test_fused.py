@@ -93,6 +93,7 @@ def test_both_layouts_are_the_casts(
     check_transpose(x, fmt, outputs, **how)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fmt", ["e4m3fn", "1-5-6", "tf32", "fp32"])
 def test_shapes_of_every_alignment(device: torch.device, dtype: torch.dtype, fmt: str) -> None:
@@ -277,6 +278,7 @@ def test_float8_tensors_are_codes(device: torch.device) -> None:
         assert_bits_equal(accumulate_(y.clone(), codes.view(dtype)), expected)
 
 
+@pytest.mark.sanitize
 def test_sums_do_not_mind_layouts(device: torch.device) -> None:
     base = torch.randn(6, 10, 8, device=device)
     x = torch.randn(8, 10, 6, device=device).permute(2, 1, 0)
@@ -408,6 +410,7 @@ SPECIAL = {  # of -inf, -800, -0, +0, 800, inf
 }
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_special_values(device: torch.device, name: str) -> None:
     x = torch.tensor([-INF, -800.0, -0.0, 0.0, 800.0, INF], device=device)
@@ -421,6 +424,7 @@ def test_special_values(device: torch.device, name: str) -> None:
     )
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dim", [0, 1, -1, -2])
 def test_scale_and_bias_lie_along_a_dimension(device: torch.device, dim: int) -> None:
     x = torch.randn(6, 5, 4, device=device).transpose(0, 2)

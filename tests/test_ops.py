@@ -344,6 +344,7 @@ def test_a_frozen_seed_is_refused_under_capture(how: dict[str, Any]) -> None:
         lp.quantize(x, "e5m2", rounding="stochastic", **how)
 
 
+@pytest.mark.sanitize
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [case for case in CASES if case.pure], ids=str)
 def test_every_op_on_a_second_stream(case: Case) -> None:

@@ -44,6 +44,7 @@ def gather(
 # Counts.
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_counts(dtype: torch.dtype, device: torch.device) -> None:
     """[elements, saturated, flushed, nan]; what passes the largest magnitude counts, whatever it became."""
@@ -146,6 +147,7 @@ def test_sums_follow_the_order_to_the_bit(count: int, dtype: torch.dtype, device
         assert_bits_equal(stats[5:].cpu(), expected(x, y))
 
 
+@pytest.mark.sanitize
 def test_more_pages_than_lanes(device: torch.device) -> None:
     """Past 1024 pages a lane of the last step adds up several of them."""
     x = torch.randn(1030 * 16384 + 7).to(torch.bfloat16)
@@ -203,6 +205,7 @@ def layouts(device: torch.device) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
 LAYOUTS = tuple(layouts(torch.device("cpu")))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_memory_order_of_dense_tensors_and_row_major_of_others(name: str, device: torch.device) -> None:
     x, dims = layouts(device)[name]
