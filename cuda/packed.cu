@@ -91,30 +91,32 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const Ways<Op> ways, con
   }
 }
 
+/// A thread writes one chunk, so that a warp's stores lie side by side; threads that share a group each read its bytes.
+template <class Op>
+constexpr int kShares = kGroup / chunk_width<Op>;
+
 template <class Op>
 __global__ void __launch_bounds__(kThreads)
     unpack_kernel(const Ways<Op> ways, const uint8_t* x, typename Op::Output* out, const Rows rows) {
   constexpr int width = chunk_width<Op>;
   NoTally none;
-  const int64_t groups = rows.count * rows.groups();
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < groups;
+  const int64_t shares = rows.count * rows.groups() * kShares<Op>;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < shares;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const Group group(rows, i);
-    auto* to = out + group.code;
-    const uint64_t dense = read_bytes(x + group.byte, group.bytes);
+    const Group group(rows, i / kShares<Op>);
+    const int first = static_cast<int>(i % kShares<Op>) * width;
+    auto* to = out + group.code + first;
+    const uint64_t dense = read_bytes(x + group.byte, group.bytes) >> (first * rows.bits);
     if (in_chunks<Op, Outputs<Op>>(group, to)) {
       uint32_t codes[2];
       split(dense, rows.bits, codes);
+      Inputs<Op> inputs;
 #pragma unroll
-      for (int j = 0; j < kGroup; j += width) {
-        Inputs<Op> inputs;
-#pragma unroll
-        for (int k = 0; k < width; k += 4) inputs.word(k / 4) = codes[(j + k) / 4];
-        *reinterpret_cast<Outputs<Op>*>(to + j) = cast<Op>(ways, inputs, {});
-      }
+      for (int k = 0; k < width; k += 4) inputs.word(k / 4) = codes[k / 4];
+      *reinterpret_cast<Outputs<Op>*>(to) = cast<Op>(ways, inputs, {});
     } else {
 #pragma unroll 1
-      for (int j = 0; j < group.codes; ++j) {
+      for (int j = 0; j < width && first + j < group.codes; ++j) {
         const auto code = static_cast<uint8_t>(dense >> (j * rows.bits)) & ((1u << rows.bits) - 1);
         to[j] = ways.op(static_cast<uint8_t>(code), 0, none);
       }
@@ -142,7 +144,8 @@ struct Cuda {
   template <class Op>
   static void unpack(const Setting& setting, const Tensor& x, const Tensor& out, const Rows& rows) {
     const DeviceGuard guard(x.get_device_index());
-    unpack_kernel<Op><<<grid_size(rows.count * rows.groups(), x.get_device_index()), kThreads, 0, current_stream(x)>>>(
+    const int64_t shares = rows.count * rows.groups() * kShares<Op>;
+    unpack_kernel<Op><<<grid_size(shares, x.get_device_index()), kThreads, 0, current_stream(x)>>>(
         Ways<Op>(setting.format, setting.saturate), static_cast<const uint8_t*>(x.const_data_ptr()),
         static_cast<typename Op::Output*>(out.mutable_data_ptr()), rows);
     check_cuda(cudaGetLastError());

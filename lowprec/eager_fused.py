@@ -323,7 +323,7 @@ def activate(
     t = activation(x, name, scale, bias, dim)
     # A NaN that came keeps its sign, and in values its bits; one that arose is the positive quiet one.
     nan64 = _specials(torch.float64)[1]
-    came = (x.isnan() & x.signbit()).to(torch.int64) << 63
+    came = (x.isnan() & (x.view(CONTAINERS[x.dtype].integer) < 0)).to(torch.int64) << 63
     t = torch.where(t.isnan(), came | nan64, t.view(torch.int64)).view(torch.float64)
     if codes:
         return encode(t, fmt, rounding, saturate, seed, offset, random_bits)
