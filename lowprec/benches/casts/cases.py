@@ -78,7 +78,8 @@ def _to_codes(dtype: torch.dtype, fmt: str, goal: Goal = "encode", **how: Any) -
 
 
 def _words(how: dict[str, Any]) -> str:
-    return f", {' '.join(map(str, how.values()))}" if how else ""
+    words = (f"dim {value}" if name == "dim" else str(value) for name, value in how.items())
+    return f", {' '.join(words)}" if how else ""
 
 
 def _quantize() -> Iterator[Case]:
@@ -168,6 +169,9 @@ def _blocks() -> Iterator[Case]:
             first = dtype.itemsize if fmt == "nvfp4" else 0
             yield Case(f"quantize {SHORT[dtype]} to {fmt}", "block", first + 2 * dtype.itemsize, values)
             yield Case(f"encode {SHORT[dtype]} to {fmt}", "block", first + dtype.itemsize + 1 + scales, codes)
+    for dtype in (FLOAT32, BFLOAT16):
+        yield _to_values(dtype, "mxfp8_e4m3", "block", dim=0)
+        yield _to_values(dtype, "bfp8/16x16", "block")
 
 
 def _fused() -> Iterator[Case]:
