@@ -214,6 +214,10 @@ LOWPREC_CLONES void decode_run(const Op op, const typename Op::Scale scale, cons
 }
 
 struct Cpu {
+  static void gather(const Tensor& x, const Tensor& results, const Tensor& notes, const Gathered& to) {
+    gather_on_cpu(x, results, notes, to);
+  }
+
   template <class Blocks>
   static void cast(Blocks blocks, const Tensor& x, const Tensor& out, uint8_t* scales, const Tiles& tiles,
                    const Source& source, int64_t mode, const uint32_t* tensor_scale) {

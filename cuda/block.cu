@@ -42,11 +42,11 @@ TileGrid grid_of(const Tiles& tiles) {
 
 /// The peak of a contiguous tensor, in memory that lives as long as the tensor which holds it.
 template <class C>
-Tensor gather(C, const Tensor& x) {
-  Tensor memory = empty(x, std::vector<int64_t>{sizeof(Gathered)}, ScalarType::Byte);
-  auto* out = static_cast<Gathered*>(memory.mutable_data_ptr());
+Tensor peak_of(C, const Tensor& x) {
+  Tensor memory = empty(x, std::vector<int64_t>{sizeof(GatheredPeak)}, ScalarType::Byte);
+  auto* out = static_cast<GatheredPeak*>(memory.mutable_data_ptr());
   const cudaStream_t stream = current_stream(x);
-  check_cuda(cudaMemsetAsync(out, 0, sizeof(Gathered), stream));
+  check_cuda(cudaMemsetAsync(out, 0, sizeof(GatheredPeak), stream));
   if (x.numel() > 0) {
     peak_kernel<C><<<grid_size(x.numel(), x.get_device_index()), kThreads, 0, stream>>>(
         static_cast<const typename C::Bits*>(x.const_data_ptr()), x.numel(), out);
@@ -89,6 +89,10 @@ bool in_rows(const BlockArrays<Blocks>& arrays, const Tiles& tiles) {
 }
 
 struct Cuda {
+  static void gather(const Tensor& x, const Tensor& results, const Tensor& notes, const Gathered& to) {
+    gather_on_cuda(x, results, notes, to);
+  }
+
   template <class Blocks>
   static void cast(const Blocks& blocks, const Tensor& x, const Tensor& out, uint8_t* scales, const Tiles& tiles,
                    const Source& source, int64_t mode, const uint32_t* tensor_scale) {
@@ -99,8 +103,8 @@ struct Cuda {
                                static_cast<typename Blocks::Output*>(out.mutable_data_ptr()), scales, tensor_scale,
                                nullptr};
     if (tiles.whole()) {
-      const Tensor peak = gather(C{}, x);
-      arrays.peak = static_cast<const Gathered*>(peak.const_data_ptr());
+      const Tensor peak = peak_of(C{}, x);
+      arrays.peak = static_cast<const GatheredPeak*>(peak.const_data_ptr());
       TileGrid grid = grid_of(tiles);
       grid.width = kPiece;
       grid.across = grid.count = std::max<int64_t>((tiles.columns + kPiece - 1) / kPiece, 1);
@@ -122,8 +126,8 @@ struct Cuda {
   template <class C>
   static void tensor_scale(const TensorScale& op, C container, const Tensor& x, const Tensor& out) {
     const DeviceGuard guard(x.get_device_index());
-    const Tensor peak = gather(container, x);
-    tensor_scale_kernel<C><<<1, 1, 0, current_stream(x)>>>(op, static_cast<const Gathered*>(peak.const_data_ptr()),
+    const Tensor peak = peak_of(container, x);
+    tensor_scale_kernel<C><<<1, 1, 0, current_stream(x)>>>(op, static_cast<const GatheredPeak*>(peak.const_data_ptr()),
                                                            static_cast<uint32_t*>(out.mutable_data_ptr()));
     check_cuda(cudaGetLastError());
   }

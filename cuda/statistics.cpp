@@ -74,6 +74,25 @@ LOWPREC_CLONES Counts<C> count_row(const typename C::Bits* x, const typename C::
   return {saturated - nans, flushed, nans, amax};
 }
 
+/// The counts of a row whose cast left notes, and the codes in them.
+template <class C>
+LOWPREC_CLONES Counts<C> count_notes(const typename C::Bits* x, const uint32_t* notes, uint16_t* codes, int64_t count) {
+  using Word = typename C::Word;
+  constexpr Word top = 8 * sizeof(Word) - 1;
+  Word nans = 0, amax = 0;
+  uint32_t saturated = 0, flushed = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Word before = x[i] & (C::sign - 1);
+    const Word special = (C::infinity - 1 - before) >> top;
+    saturated += notes[i] >> 31;
+    flushed += notes[i] >> 30 & 1;
+    nans += (C::infinity - before) >> top;
+    amax = std::max(amax, before & (special - 1));
+    codes[i] = static_cast<uint16_t>(notes[i]);
+  }
+  return {saturated, flushed, nans, amax};
+}
+
 /// The sums of each lane, [terms][lanes].
 struct LaneSums {
   alignas(64) double at[kTerms][kLanes] = {};
@@ -174,6 +193,30 @@ class Histogram {
   std::vector<int64_t> bins_;
 };
 
+/// One pass over what a cast left behind, by pages.
+template <class C>
+void gather_pages(const typename C::Bits* x, const typename C::Bits* y, const uint32_t* notes, int64_t count,
+                  const Gathered& to) {
+  std::vector<double> pages(static_cast<size_t>(pages_of(count) * kTerms));
+  Total total;
+  parallel_for(0, pages_of(count), kGrain, [&](int64_t first, int64_t last) {
+    Histogram histogram(to.codes, to.bins);
+    alignas(64) uint16_t codes[kLanes];
+    for (int64_t page = first; page < last; ++page) {
+      const int64_t end = std::min((page + 1) * kPage, count);
+      for (int64_t begin = page * kPage; begin < end; begin += kLanes) {
+        const int64_t size = std::min<int64_t>(kLanes, end - begin);
+        total.add(count_notes<C>(x + begin, notes + begin, codes, size));
+        histogram.add(codes, size);
+      }
+      add_page<C>(x + page * kPage, y + page * kPage, end - page * kPage, &pages[page * kTerms]);
+    }
+    histogram.finish();
+  });
+  total.add_to(to.stats, count);
+  add_pages(pages, to.stats);
+}
+
 struct Cpu {
   template <class C, class Mode>
   static void run(const Setting& setting, const Tensor& x, const Tensor& out, const Source& source,
@@ -218,4 +261,14 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(lowprec, CPU, library) { register_statistics<Cpu>(library); }
 
 }  // namespace
+
+void gather_on_cpu(const Tensor& x, const Tensor& results, const Tensor& notes, const Gathered& to) {
+  for_container(x.scalar_type(), [&](auto container) {
+    using C = decltype(container);
+    using Bits = typename C::Bits;
+    gather_pages<C>(static_cast<const Bits*>(x.const_data_ptr()), static_cast<const Bits*>(results.const_data_ptr()),
+                    static_cast<const uint32_t*>(notes.const_data_ptr()), x.numel(), to);
+  });
+}
+
 }  // namespace lowprec

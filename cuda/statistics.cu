@@ -73,6 +73,15 @@ struct Counts {
     flushed += ((y & (C::sign - 1)) == 0) & (before != 0);
     if (before < C::infinity && before > amax) amax = before;
   }
+
+  /// A number whose cast left a note.
+  __device__ void add(typename C::Bits x, uint32_t note) {
+    const auto before = static_cast<typename C::Word>(x & (C::sign - 1));
+    nan += before > C::infinity;
+    saturated += (note & kNoteSaturated) != 0;
+    flushed += (note & kNoteFlushed) != 0;
+    if (before < C::infinity && before > amax) amax = before;
+  }
 };
 
 /// Counts in one block's shared memory, then in the vector of statistics: integers, exact as float64, and a maximum, so
@@ -261,6 +270,46 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfPages)
   histogram.finish();
 }
 
+/// One pass over what a cast left behind.
+template <class C>
+__global__ void __launch_bounds__(kThreads, kBlocksOfPages)
+    note_kernel(const Array<const typename C::Bits> x, const Array<const typename C::Bits> y,
+                const Array<const uint32_t> notes, double* pages, double* stats, int64_t* codes, int64_t bins) {
+  extern __shared__ uint32_t copies[];
+  __shared__ double sums[kTerms][8];
+  __shared__ BlockCounts block_counts;
+  const Histogram histogram(codes, bins, copies);
+  histogram.clear();
+  block_counts.clear();
+  __syncthreads();
+  Counts<C> counts;
+  for (int64_t begin = blockIdx.x * kPage; begin < x.count; begin += gridDim.x * kPage) {
+    QuadSums<kTerms> lanes;
+#pragma unroll 2
+    for (int row = 0; row < kRows; ++row) {
+      const int64_t first = begin + row * kLanes + 4 * threadIdx.x;
+      if (first >= x.count) break;
+      const auto from = x.load(first), to = y.load(first);
+      const auto note = notes.load(first);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        counts.add(from.at[j], note.at[j]);
+        if (histogram.wanted()) histogram.add(note.at[j] & kNoteCode);
+        double terms[kTerms];
+        terms_of<C>(from.at[j], to.at[j], terms);
+#pragma unroll
+        for (int term = 0; term < kTerms; ++term) lanes.at[term][j] += terms[term];
+      }
+    }
+    const double total = add_lanes(lanes, sums);
+    if (threadIdx.x < kTerms) pages[begin / kPage * kTerms + threadIdx.x] = total;
+  }
+  block_counts.add(counts);
+  __syncthreads();
+  block_counts.add_to(stats);
+  histogram.finish();
+}
+
 /// Add the pages to the vector. The last quad may have been filled up with zeros, whose code is zero.
 __global__ void __launch_bounds__(kThreads)
     total_kernel(const double* pages, int64_t count, double* stats, int64_t* codes) {
@@ -305,4 +354,26 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(lowprec, CUDA, library) { register_statistics<Cuda>(library); }
 
 }  // namespace
+
+void gather_on_cuda(const Tensor& x, const Tensor& results, const Tensor& notes, const Gathered& to) {
+  const DeviceGuard guard(x.get_device_index());
+  const cudaStream_t stream = current_stream(x);
+  const int64_t count = x.numel(), page_count = pages_of(count);
+  const Tensor scratch = torch::stable::new_empty(x, {page_count * kTerms}, ScalarType::Double);
+  auto* pages = static_cast<double*>(scratch.mutable_data_ptr());
+  const size_t shared = to.codes && to.bins <= kNarrow ? to.bins * kCopies * sizeof(uint32_t) : 0;
+  for_container(x.scalar_type(), [&](auto container) {
+    using C = decltype(container);
+    using Bits = const typename C::Bits;
+    note_kernel<C><<<grid_size(page_count, x.get_device_index()), kThreads, shared, stream>>>(
+        Array<Bits>(static_cast<Bits*>(x.const_data_ptr()), count),
+        Array<Bits>(static_cast<Bits*>(results.const_data_ptr()), count),
+        Array<const uint32_t>(static_cast<const uint32_t*>(notes.const_data_ptr()), count), pages, to.stats, to.codes,
+        to.bins);
+    check_cuda(cudaGetLastError());
+  });
+  total_kernel<<<1, kThreads, 0, stream>>>(pages, count, to.stats, to.codes);
+  check_cuda(cudaGetLastError());
+}
+
 }  // namespace lowprec

@@ -338,7 +338,7 @@ def quantize_statistics(
     values = _values(x, fmt, cast)
     parts = Unpacked(*(field.reshape(x.shape) for field in cast.parts))
     rounded = Rounded(*(field.reshape(x.shape) for field in cast.rounded))
-    gather(x, values, parts, rounded, fmt.element, rounding, stats, codes)
+    gather(x.contiguous(), values, parts, rounded, fmt.element, rounding, stats, codes)
     return values
 
 

@@ -475,6 +475,27 @@ def test_statistics_are_those_of_the_cast(device: torch.device) -> None:
     assert stats[5:].tolist() == pytest.approx([value.item() for value in expected], rel=1e-12)
 
 
+@pytest.mark.parametrize("text", ["mxfp8_e4m3", "mxint8", "nvfp4", "bfp8/2x3", "bfp6/tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_have_the_bits_of_the_twin(text: str, dtype: torch.dtype, device: torch.device) -> None:
+    """More than a page of elements, infinities, NaNs, zeros, and strides, whatever which sums are row-major."""
+    fmt = block_format(text)
+    x = (torch.randn(70, 3, 100) * 10 ** torch.randn(70, 3, 100)).to(dtype)
+    x[0, 0, :5] = torch.tensor([math.inf, -math.inf, math.nan, 0.0, 1e-20])
+    x[3:6] = 0
+    x = x.to(device)
+    for view in (x, x.transpose(0, 2), x[:, 1, ::2]):
+        for mode in (Rounding.nearest_even, Rounding.down, Rounding.stochastic):
+            how = (mode is not Rounding.down, torch.tensor(5), None, 32)
+            stats = [torch.zeros(9, dtype=torch.float64, device=device) for _ in range(2)]
+            codes = [torch.zeros(1 << fmt.element.bits, dtype=torch.int64, device=device) for _ in range(2)]
+            expected = eager_block.quantize_statistics(view, fmt, -1, mode, *how, stats[0], codes[0])
+            found = _ops.quantize_block_statistics(view, fmt.fields, -1, mode.number, *how, stats[1], codes[1])
+            assert_bits_equal(found, expected, given=view)
+            assert_bits_equal(stats[1], stats[0])
+            assert torch.equal(codes[1], codes[0])
+
+
 # Errors.
 
 

@@ -14,6 +14,7 @@
 #include "lowprec/grid.h"
 #include "lowprec/inline.h"
 #include "lowprec/round.h"
+#include "lowprec/statistics.h"
 
 namespace lowprec {
 
@@ -223,11 +224,16 @@ struct EncodeAt {
   uint32_t nan_sign;
   bool twos_complement;
 
+  /// The code of a magnitude, which may be past the largest finite one.
+  LOWPREC_INLINE Word rounded_code(Bits x, uint32_t word) const {
+    const auto from = read<C>(grid, static_cast<typename C::Word>(x & (C::sign - 1)));
+    return round_to<Mode, Word>(grid, from, 0, x & C::sign, word).code;
+  }
+
   LOWPREC_INLINE uint32_t code(Bits x, uint32_t word) const {
     const auto magnitude = static_cast<typename C::Word>(x & (C::sign - 1));
     const bool minus = x & C::sign;
-    const auto from = read<C>(grid, magnitude);
-    const Word rounded = round_to<Mode, Word>(grid, from, 0, minus, word).code;
+    const Word rounded = rounded_code(x, word);
     uint32_t large = minus ? negative : positive;
     if (magnitude == C::infinity) large = infinite;
     uint32_t code = static_cast<uint32_t>(rounded);
@@ -239,6 +245,25 @@ struct EncodeAt {
 
   LOWPREC_INLINE Output operator()(Bits x, uint32_t word) const {
     return static_cast<Output>(stored(code(x, word), sign, twos_complement));
+  }
+};
+
+/// The note of an element that `at`, an `EncodeAt`, makes a code of; `flushable` unless it is zero, infinite or NaN.
+template <class At>
+LOWPREC_INLINE uint32_t note_of(const At& at, typename At::Bits x, bool nan, bool flushable, uint32_t word) {
+  const uint32_t code = at.code(x, word);
+  const bool beyond = !nan & (at.rounded_code(x, word) > at.grid.max_code);
+  const bool flushed = flushable & !beyond & ((code & (at.sign - 1)) == 0);
+  return (code & kNoteCode) | (flushed ? kNoteFlushed : 0u) | (beyond ? kNoteSaturated : 0u);
+}
+
+/// Value to note at one k.
+template <class C, class Mode>
+struct NoteAt : EncodeAt<C, Mode, uint32_t> {
+  LOWPREC_INLINE uint32_t operator()(typename C::Bits x, uint32_t word) const {
+    const auto magnitude = static_cast<typename C::Word>(x & (C::sign - 1));
+    const bool flushable = (magnitude != 0) & (magnitude < C::infinity);
+    return note_of<EncodeAt<C, Mode, uint32_t>>(*this, x, magnitude > C::infinity, flushable, word);
   }
 };
 
@@ -349,6 +374,16 @@ class BlockEncode {
  private:
   GridFrom<C> from_;
   At fixed_;
+};
+
+/// Values to notes for statistics.
+template <class C, class Mode>
+class BlockNote : public BlockEncode<C, Mode, uint32_t> {
+ public:
+  using At = NoteAt<C, Mode>;
+  using BlockEncode<C, Mode, uint32_t>::BlockEncode;
+
+  LOWPREC_INLINE At at(int k) const { return {BlockEncode<C, Mode, uint32_t>::at(k)}; }
 };
 
 // Scales.
@@ -520,12 +555,16 @@ struct PowerBlocks {
 /// Marks a cast to values, where else there is the type of codes.
 struct Values {};
 
-/// The cast of an element under a scale of a float format, to `Values` or to codes of a type.
+/// Marks a cast to notes for statistics.
+struct Notes {};
+
+/// The cast of an element under a scale of a float format, to `Values`, to `Notes` or to codes of a type.
 template <class C, class Mode, class Target>
 struct RatioAt {
   using Bits = typename C::Bits;
   static constexpr bool values = std::is_same_v<Target, Values>;
-  using Output = std::conditional_t<values, Bits, Target>;
+  static constexpr bool notes = std::is_same_v<Target, Notes>;
+  using Output = std::conditional_t<values, Bits, std::conditional_t<notes, uint32_t, Target>>;
   static constexpr bool random = Mode::random;
 
   EncodeAt<Float64, Mode, uint32_t> encode;
@@ -535,17 +574,23 @@ struct RatioAt {
     bool regular = false;  // loops that tell regular grids apart find none here
   } grid;
 
-  LOWPREC_INLINE uint32_t code(Bits x, typename C::Word magnitude, uint32_t word) const {
+  /// The element over its scale, as the bits of a float64 that is odd where it is not exact.
+  LOWPREC_INLINE uint64_t quotient(Bits x, typename C::Word magnitude) const {
     const uint64_t sign = x & C::sign ? Float64::sign : 0;
-    if (magnitude > C::infinity) return encode.code(Float64::quiet_nan | sign, word);
+    if (magnitude > C::infinity) return Float64::quiet_nan | sign;
     if (scale.value.significand == 0) return 0;
-    if (magnitude == C::infinity) return encode.code(Float64::infinity | sign, word);
-    return encode.code(divide(unpack<C>(magnitude), scale.divisor) | sign, word);
+    if (magnitude == C::infinity) return Float64::infinity | sign;
+    return divide(unpack<C>(magnitude), scale.divisor) | sign;
   }
 
   LOWPREC_INLINE Output operator()(Bits x, uint32_t word) const {
     const auto magnitude = static_cast<typename C::Word>(x & (C::sign - 1));
-    const uint32_t found = code(x, magnitude, word);
+    const uint64_t over = quotient(x, magnitude);
+    if constexpr (notes) {
+      const bool flushable = (magnitude != 0) & (magnitude < C::infinity);
+      return note_of(encode, over, magnitude > C::infinity, flushable, word);
+    }
+    const uint32_t found = encode.code(over, word);
     if constexpr (values) {
       return magnitude > C::infinity ? x : value(found, x & C::sign);
     } else {

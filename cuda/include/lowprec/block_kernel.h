@@ -19,7 +19,7 @@ constexpr uint32_t kWarp = 32;
 constexpr uint32_t kEveryone = 0xffffffff;
 
 /// The largest magnitude of a tensor and what else it holds, gathered by atomic maxima: their order does not matter.
-struct Gathered {
+struct GatheredPeak {
   unsigned long long amax;
   unsigned int infinite;
   unsigned int nan;
@@ -58,7 +58,7 @@ LOWPREC_DEVICE Peak<C> over_threads(Peak<C> peak) {
 
 /// The peak of all elements, into `out`, which is zero.
 template <class C>
-__global__ void __launch_bounds__(kThreads) peak_kernel(const typename C::Bits* x, int64_t count, Gathered* out) {
+__global__ void __launch_bounds__(kThreads) peak_kernel(const typename C::Bits* x, int64_t count, GatheredPeak* out) {
   Peak<C> peak;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
@@ -72,12 +72,12 @@ __global__ void __launch_bounds__(kThreads) peak_kernel(const typename C::Bits* 
 }
 
 template <class C>
-LOWPREC_DEVICE Peak<C> read(const Gathered& from) {
+LOWPREC_DEVICE Peak<C> read(const GatheredPeak& from) {
   return {static_cast<typename C::Word>(from.amax), from.infinite, from.nan};
 }
 
 template <class C>
-__global__ void tensor_scale_kernel(const TensorScale op, const Gathered* peak, uint32_t* out) {
+__global__ void tensor_scale_kernel(const TensorScale op, const GatheredPeak* peak, uint32_t* out) {
   *out = op.of(static_cast<typename C::Word>(peak->amax), peak->infinite != 0, C{});
 }
 
@@ -112,7 +112,7 @@ struct BlockArrays {
   typename Blocks::Output* out;
   uint8_t* scales;
   const uint32_t* tensor_scale;
-  const Gathered* peak;
+  const GatheredPeak* peak;
 };
 
 /// Draws of single elements.

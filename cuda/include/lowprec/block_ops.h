@@ -12,6 +12,7 @@
 #include "lowprec/cast_ops.h"
 #include "lowprec/dispatch.h"
 #include "lowprec/elementwise.h"
+#include "lowprec/statistics_ops.h"
 #include "lowprec/torch_stable.h"
 
 namespace lowprec {
@@ -96,7 +97,8 @@ using ForCode = std::conditional_t<(sizeof(Code) > 1 && !Mode::random), AnyMode,
 ///
 /// `Backend::cast(blocks, x, out, scales, tiles, source, mode, tensor_scale)` casts a contiguous tensor; `scales` and
 /// `tensor_scale` may be null. `Backend::tensor_scale(op, container, x, out)` writes one float32.
-/// `Backend::decode(op, codes, scales, tensor_scale, out, tiles)` is the way back.
+/// `Backend::decode(op, codes, scales, tensor_scale, out, tiles)` is the way back. `Backend::gather(x, results, notes,
+/// to)` gathers statistics.
 template <class Backend>
 struct BlockOps {
   static Tensor quantize(const Tensor& x, const Ints& format, int64_t dim, int64_t rounding, bool saturate,
@@ -110,6 +112,24 @@ struct BlockOps {
                            const MaybeTensor& seed, const MaybeTensor& offset, int64_t random_bits, const Tensor& out) {
     check_out(x, out, x.scalar_type());
     quantize_into(x, format, dim, rounding, saturate, {seed, offset, random_bits}, out);
+  }
+
+  /// Values, then notes, then one pass over both: in row-major order, whatever the strides.
+  static Tensor quantize_statistics(const Tensor& x, const Ints& fields, int64_t dim, int64_t rounding, bool saturate,
+                                    const MaybeTensor& seed, const MaybeTensor& offset, int64_t random_bits,
+                                    const Tensor& stats, const MaybeTensor& codes) {
+    Tensor out = empty_like(x, x.scalar_type());
+    const BlockFormat format = read_block_format(fields);
+    const Gathered to(x, format.element, stats, codes);
+    if (x.numel() == 0) return out;
+    const Tensor source = contiguous(x);
+    const Tensor values = out.is_contiguous() ? out : empty_like(source, x.scalar_type());
+    quantize_into(source, fields, dim, rounding, saturate, {seed, offset, random_bits}, values);
+    const Tensor notes = empty(x, x.sizes(), ScalarType::UInt32);
+    note_into(source, fields, dim, rounding, saturate, {seed, offset, random_bits}, notes);
+    Backend::gather(source, values, notes, to);
+    if (values.get() != out.get()) copy(out, values);
+    return out;
   }
 
   static std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& x, const Ints& fields, int64_t dim, int64_t rounding,
@@ -228,6 +248,27 @@ struct BlockOps {
     });
     if (target.get() != out.get()) copy(out, target);
   }
+
+  /// What statistics need of each element, as `Note` has it; x and out are contiguous.
+  static void note_into(const Tensor& x, const Ints& fields, int64_t dim, int64_t rounding, bool saturate,
+                        const Source& draws, const Tensor& out) {
+    const BlockFormat format = read_block_format(fields);
+    const Tiles tiles = tiles_of(x, fields, dim);
+    const Tensor second = empty(x, std::vector<int64_t>(format.tensor_scale ? 0 : 1, 0), ScalarType::Float);
+    for_container(x.scalar_type(), [&](auto container) {
+      measure(format, container, x, second);
+      for_block_rounding(rounding, [&](auto mode) {
+        using C = std::decay_t<decltype(container)>;
+        using Mode = std::decay_t<decltype(mode)>;
+        const Call call{x, out, nullptr, tiles, draws, rounding, &second};
+        if (format.float_scale) {
+          run(call, RatioBlocks<C, ForCode<uint32_t, Mode>, Notes>(format, saturate, rounding));
+        } else {
+          run(call, PowerBlocks<C, BlockNote<C, Mode>>(format, saturate, rounding));
+        }
+      });
+    });
+  }
 };
 
 /// Register the operators for a backend's device.
@@ -236,6 +277,7 @@ void register_blocks(Library& library) {
   using Ops = BlockOps<Backend>;
   library.impl("quantize_block", TORCH_BOX(&Ops::quantize));
   library.impl("quantize_block_out", TORCH_BOX(&Ops::quantize_out));
+  library.impl("quantize_block_statistics", TORCH_BOX(&Ops::quantize_statistics));
   library.impl("encode_block", TORCH_BOX(&Ops::encode));
   library.impl("decode_block", TORCH_BOX(&Ops::decode));
 }

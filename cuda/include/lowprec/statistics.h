@@ -22,6 +22,9 @@ enum Field { kElements, kSaturated, kFlushed, kNan, kAmax, kSums, kFields = kSum
 /// The sums behind a vector's counts: Σ|x|, Σx, Σx² and Σe², e being the error.
 enum Term { kAbsolute, kTotal, kSquares, kError, kTerms };
 
+/// What a cast noted of an element for a later pass: the low bits of its code, as sign and magnitude, and these.
+enum Note : uint32_t { kNoteCode = 0xffff, kNoteFlushed = 1u << 30, kNoteSaturated = 1u << 31 };
+
 LOWPREC_INLINE int64_t pages_of(int64_t count) { return (count + kPage - 1) / kPage; }
 
 /// A finite magnitude as a float64 number, exactly, whatever the machine makes of subnormal ones.

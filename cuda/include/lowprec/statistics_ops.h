@@ -32,6 +32,10 @@ struct Gathered {
   }
 };
 
+/// Gather what a cast of contiguous numbers left behind: its results, and a word of `Note` for each, uint32.
+void gather_on_cpu(const Tensor& x, const Tensor& results, const Tensor& notes, const Gathered& to);
+void gather_on_cuda(const Tensor& x, const Tensor& results, const Tensor& notes, const Gathered& to);
+
 /// The code of a number from what its cast told of it.
 template <class C, class Mode>
 class Coder {
