@@ -48,8 +48,11 @@ Tensor peak_of(C, const Tensor& x) {
   const cudaStream_t stream = current_stream(x);
   check_cuda(cudaMemsetAsync(out, 0, sizeof(GatheredPeak), stream));
   if (x.numel() > 0) {
-    peak_kernel<C><<<grid_size(x.numel(), x.get_device_index()), kThreads, 0, stream>>>(
-        static_cast<const typename C::Bits*>(x.const_data_ptr()), x.numel(), out);
+    const auto* data = static_cast<const typename C::Bits*>(x.const_data_ptr());
+    const bool aligned = reinterpret_cast<uintptr_t>(data) % alignof(Access<C>) == 0;
+    const int64_t accesses = aligned ? x.numel() * sizeof(typename C::Bits) / sizeof(Access<C>) : 0;
+    const int64_t threads = aligned ? (accesses + 3) / 4 : x.numel();
+    peak_kernel<C><<<grid_size(threads, x.get_device_index()), kThreads, 0, stream>>>(data, accesses, x.numel(), out);
     check_cuda(cudaGetLastError());
   }
   return memory;
@@ -117,6 +120,14 @@ struct Cuda {
         rows_kernel<<<grid_size(runs, x.get_device_index()), kThreads, 0, current_stream(x)>>>(
             blocks, QuickOf<Blocks>(blocks), arrays, runs, shift_of(tiles.width / kRun<Blocks>), draws,
             static_cast<uint32_t>(mode));
+        return check_cuda(cudaGetLastError());
+      }
+    }
+    if constexpr (four_bit<Blocks>) {
+      if (tensor_scale && is_e2m1(blocks.element) && is_e4m3(blocks.scales.format()) && in_rows(arrays, tiles)) {
+        const int64_t runs = x.numel() / kRun<Blocks>;
+        four_bit_kernel<<<grid_size(runs, x.get_device_index()), kThreads, 0, current_stream(x)>>>(
+            blocks, arrays, runs, shift_of(tiles.width / kRun<Blocks>));
         return check_cuda(cudaGetLastError());
       }
     }

@@ -347,6 +347,25 @@ def test_large_tensors(text: str, device: torch.device) -> None:
             assert_bits_equal(_ops.quantize_block(x, fmt.fields, dim, mode.number, *how), expected, given=x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nvfp4_at_thresholds_and_ends(dtype: torch.dtype, device: torch.device) -> None:
+    """Ties of elements and of scales, numbers near both ends of the dtype, and blocks that hold no number."""
+    how = (True, None, None, 32)
+    fmt, mode = block_format("nvfp4"), Rounding.nearest_even
+    grid = torch.randint(-24, 25, (33, 48)) / 4
+    wide = torch.randn(33, 48) * torch.exp2(torch.randint(-20, 1, (33, 1)))
+    special = torch.randn(33, 48)
+    special[0, :3], special[1] = torch.tensor([math.inf, math.nan, -0.0]), math.inf
+    largest = torch.finfo(dtype).max
+    for x in (grid, wide, special, grid * largest / 6, grid * torch.finfo(dtype).tiny, wide / 2688):
+        x = x.to(dtype).to(device)
+        expected = eager_block.quantize(x, fmt, -1, mode, *how)
+        assert_bits_equal(_ops.quantize_block(x, fmt.fields, -1, mode.number, *how), expected, given=x)
+        twin = eager_block.encode(x, fmt, -1, mode, *how)
+        for one, other in zip(_ops.encode_block(x, fmt.fields, -1, mode.number, *how), twin, strict=True):
+            assert_bits_equal(one, other)
+
+
 @pytest.mark.parametrize("text", NAMED)
 def test_rounding_twice_is_rounding_once(text: str, device: torch.device) -> None:
     """Of blocks whose largest element has the exponent it had: by `floor` always."""

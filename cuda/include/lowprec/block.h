@@ -493,6 +493,7 @@ class RatioScale {
   }
 
   LOWPREC_INLINE static uint32_t code(const Scale& scale) { return scale.code; }
+  LOWPREC_INLINE const Format& format() const { return scale_; }
 
   uint32_t nan;
 

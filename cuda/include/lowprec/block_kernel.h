@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "lowprec/block.h"
+#include "lowprec/block_fp4.h"
 #include "lowprec/cast_kernel.h"
 #include "lowprec/float_grid.h"
 #include "lowprec/quick.h"
@@ -56,14 +57,25 @@ LOWPREC_DEVICE Peak<C> over_threads(Peak<C> peak) {
   return peak;
 }
 
-/// The peak of all elements, into `out`, which is zero.
+/// Elements that move in one access of 16 bytes.
 template <class C>
-__global__ void __launch_bounds__(kThreads) peak_kernel(const typename C::Bits* x, int64_t count, GatheredPeak* out) {
+using Access = Chunk<typename C::Bits, 16 / sizeof(typename C::Bits)>;
+
+/// The peak of all elements, into `out`, which is zero. The first `accesses` may be read whole.
+template <class C>
+__global__ void __launch_bounds__(kThreads)
+    peak_kernel(const typename C::Bits* x, int64_t accesses, int64_t count, GatheredPeak* out) {
+  constexpr int width = sizeof(Access<C>) / sizeof(typename C::Bits);
   Peak<C> peak;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
-    peak.add(x[i] & (C::sign - 1));
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+#pragma unroll 4
+  for (int64_t i = first; i < accesses; i += step) {
+    const auto in = reinterpret_cast<const Access<C>*>(x)[i];
+#pragma unroll
+    for (int j = 0; j < width; ++j) peak.add(in.at[j] & (C::sign - 1));
   }
+  for (int64_t i = accesses * width + first; i < count; i += step) peak.add(x[i] & (C::sign - 1));
   peak = over_threads(peak);
   if (threadIdx.x != 0) return;
   atomicMax(&out->amax, static_cast<unsigned long long>(peak.amax));
@@ -316,6 +328,88 @@ __global__ void __launch_bounds__(kThreads, 4)
     const bool done = quick.usable && (quick.cast.grid.plain ? try_quick<true>(quick, k, in, words, out)
                                                              : try_quick<false>(quick, k, in, words, out));
     if (!done) out = cast_run(blocks, k, in, words, mode);
+    reinterpret_cast<RunOut<Blocks>*>(arrays.out)[run] = out;
+  }
+}
+
+// NVFP4 along contiguous rows, to nearest even.
+
+template <class Blocks>
+constexpr bool four_bit = false;
+template <class C, class Target>
+  requires(sizeof(typename C::Bits) <= 4 && (std::is_same_v<Target, Values> || std::is_same_v<Target, uint8_t>))
+constexpr bool four_bit<RatioBlocks<C, NearestEven, Target>> = true;
+
+/// A thread's elements by the way that serves every number. Not inlined: it is rarely taken.
+template <class Blocks>
+__device__ __noinline__ RunOut<Blocks> cast_ratio(const Blocks& given, uint32_t tensor_scale,
+                                                  Peak<typename Blocks::Container> peak, RunIn<Blocks> in,
+                                                  uint32_t& code) {
+  Blocks blocks = given;
+  blocks.take(tensor_scale);
+  const auto scale = blocks.scales.of(peak.amax, peak.infinite);
+  code = peak.nan ? blocks.nan() : blocks.scales.code(scale);
+  const auto at = blocks.at(scale);
+  RunOut<Blocks> out;
+#pragma unroll 1
+  for (int i = 0; i < kRun<Blocks>; ++i) out.at[i] = at(in.at[i], 0);
+  return out;
+}
+
+/// Blocks of 2^shift runs, one after another, for up to a warp of threads. The arrays are aligned.
+template <class Blocks>
+__global__ void __launch_bounds__(kThreads)
+    four_bit_kernel(const __grid_constant__ Blocks blocks, const BlockArrays<Blocks> arrays, const int64_t runs,
+                    const int shift) {
+  using C = typename Blocks::Container;
+  using Word = typename C::Word;
+  constexpr bool codes = !Blocks::At::values;
+  const int lanes = 1 << shift;
+  const uint32_t tensor_scale = *arrays.tensor_scale;
+  const FourBitScale scales(tensor_scale);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t turn = static_cast<int64_t>(blockIdx.x) * kThreads; turn < runs; turn += step) {
+    const int64_t run = turn + threadIdx.x;
+    const bool active = run < runs;
+    RunIn<Blocks> in = {};
+    if (active) in = reinterpret_cast<const RunIn<Blocks>*>(arrays.x)[run];
+    Word largest = 0;
+#pragma unroll
+    for (int i = 0; i < kRun<Blocks>; ++i) {
+      const Word magnitude = in.at[i] & (C::sign - 1);
+      largest = largest > magnitude ? largest : magnitude;
+    }
+    for (int mask = 1; mask < lanes; mask *= 2) {
+      const Word other = shuffle(largest, mask);
+      largest = largest > other ? largest : other;
+    }
+    uint32_t code = largest < C::infinity ? scales.code(to_float(C{}, static_cast<typename C::Bits>(largest))) : 0;
+    const double divisor = scales.divisor(code);
+    const bool quick = code && FourBitBlock<C>::serves(divisor);
+    Peak<C> peak{largest, 0, 0};
+    if (__any_sync(kEveryone, !quick)) {
+      peak.amax = 0;
+#pragma unroll
+      for (int i = 0; i < kRun<Blocks>; ++i) peak.add(in.at[i] & (C::sign - 1));
+      peak = over_lanes(peak, lanes);
+    }
+    if (!active) continue;
+    RunOut<Blocks> out;
+    if (quick) {
+      const FourBitBlock<C> block(divisor);
+#pragma unroll
+      for (int i = 0; i < kRun<Blocks>; ++i) {
+        const bool minus = in.at[i] & C::sign;
+        const float x = to_float(C{}, static_cast<typename C::Bits>(in.at[i] & (C::sign - 1)));
+        const uint32_t found = block.template find<codes>(as_bits(x));
+        out.at[i] = static_cast<typename Blocks::Output>(found | (minus ? (codes ? 8u : uint32_t{C::sign}) : 0u));
+      }
+    } else {
+      uint32_t found;
+      out = cast_ratio(blocks, tensor_scale, peak, in, found);
+      code = found;
+    }
+    if (arrays.scales && (run & (lanes - 1)) == 0) arrays.scales[run >> shift] = static_cast<uint8_t>(code);
     reinterpret_cast<RunOut<Blocks>*>(arrays.out)[run] = out;
   }
 }
