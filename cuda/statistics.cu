@@ -24,6 +24,28 @@ constexpr uint32_t kEveryone = 0xffffffff;
 template <class T>
 using Quad = Chunk<T, 4>;
 
+// Quads move by intrinsics, which stay one access each: stores by assignment were taken apart into one for each element
+// where a branch beside them stores elements.
+template <class T>
+__device__ Quad<T> load_quad(const T* from) {
+  using Vector = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  constexpr int vectors = sizeof(Quad<T>) / sizeof(Vector);
+  Vector parts[vectors];
+#pragma unroll
+  for (int i = 0; i < vectors; ++i) parts[i] = __ldg(reinterpret_cast<const Vector*>(from) + i);
+  return reinterpret_cast<const Quad<T>&>(parts);
+}
+
+template <class T>
+__device__ void store_quad(T* to, const Quad<T>& quad) {
+  using Vector = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  constexpr int vectors = sizeof(Quad<T>) / sizeof(Vector);
+#pragma unroll
+  for (int i = 0; i < vectors; ++i) {
+    __stwb(reinterpret_cast<Vector*>(to) + i, reinterpret_cast<const Vector*>(&quad)[i]);
+  }
+}
+
 /// An array of `count` elements; `aligned` where quads may begin at every fourth one.
 template <class T>
 struct Array {
@@ -37,7 +59,7 @@ struct Array {
   /// The quad at an index; zeros for what lies past the end.
   __device__ Quad<std::remove_const_t<T>> load(int64_t index) const {
     using Bits = std::remove_const_t<T>;
-    if (aligned && index + 4 <= count) return *reinterpret_cast<const Quad<Bits>*>(data + index);
+    if (aligned && index + 4 <= count) return load_quad<Bits>(data + index);
     Quad<Bits> quad{};
     for (int j = 0; j < 4; ++j) {
       if (index + j < count) quad.at[j] = data[index + j];
@@ -47,7 +69,7 @@ struct Array {
 
   __device__ void store(int64_t index, const Quad<T>& quad) const {
     if (aligned && index + 4 <= count) {
-      *reinterpret_cast<Quad<T>*>(data + index) = quad;
+      store_quad(data + index, quad);
       return;
     }
     for (int j = 0; j < 4; ++j) {
@@ -151,15 +173,21 @@ class Histogram {
   uint32_t* shared_;
 };
 
-/// Both ways of the cast, and the codes of its results.
+/// The way that every format and number can take: the cast, and the codes of its results.
+template <class C, class Mode>
+struct General {
+  Quantize<C, Mode> op;
+  Coder<C, Mode> coder;
+};
+
+/// Both ways.
 template <class C, class Mode>
 struct Casts {
-  Quantize<C, Mode> op;
+  General<C, Mode> general;
   QuickRounder<Mode> quick;
-  Coder<C, Mode> coder;
 
   LOWPREC_INLINE Casts(const Format& format, bool saturate)
-      : op(format, saturate), quick(format, saturate), coder(format, saturate) {}
+      : general{{format, saturate}, {format, saturate}}, quick(format, saturate) {}
 };
 
 /// The casts whose exponents a shift on the device moves.
@@ -170,42 +198,47 @@ __device__ Casts<C, Mode> shifted(const Setting& setting, const Casts<C, Mode>&)
   return {format, setting.saturate};
 }
 
-/// Cast four elements by way of float32 and gather; false, and nothing done, where that is not for them.
+/// Cast four elements, none larger than `amax`, by way of float32, and gather.
 template <class C, class Mode>
-__device__ bool cast_quick(const QuickRounder<Mode>& quick, const Quad<typename C::Bits>& from, const uint32_t* words,
-                           Quad<typename C::Bits>& to, Counts<C>& counts, const Histogram& histogram,
+__device__ void cast_quick(const QuickRounder<Mode>& quick, const Quad<typename C::Bits>& from, const uint32_t* words,
+                           float amax, Quad<typename C::Bits>& to, Counts<C>& counts, const Histogram& histogram,
                            QuadSums<kTerms>& lanes) {
-  float x[4], y[4], amax;
-  bool beyond[4];
+  float x[4], y[4];
+  to_floats(C{}, from, x);
+  quick.round(x, words, y, amax, counts.saturated);
+  if (any_zero(y)) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) x[j] = to_float(C{}, from.at[j]);
-  if (!quick.round(x, words, y, beyond, amax)) return false;
-  counts.quick_amax = fmaxf(counts.quick_amax, amax);
+    for (int j = 0; j < 4; ++j) counts.flushed += y[j] == 0 && x[j] != 0;
+  }
+  if (histogram.wanted()) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) histogram.add(quick.code_of(y[j]));
+  }
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    counts.saturated += beyond[j];
-    counts.flushed += y[j] == 0 && x[j] != 0;
-    if (histogram.wanted()) histogram.add(quick.code_of(y[j]));
     const double before = x[j];
-    const double error = static_cast<double>(y[j]) - before;
     lanes.at[kAbsolute][j] += fabs(before);
     lanes.at[kTotal][j] += before;
-    lanes.at[kSquares][j] += before * before;
-    lanes.at[kError][j] += error * error;
+    lanes.at[kSquares][j] = __fma_rn(before, before, lanes.at[kSquares][j]);  // the product is exact
+    if constexpr (QuickRounder<Mode>::exact_error) {
+      const double error = y[j] - x[j];
+      lanes.at[kError][j] = __fma_rn(error, error, lanes.at[kError][j]);
+    } else {
+      const double error = static_cast<double>(y[j]) - before;
+      lanes.at[kError][j] += error * error;
+    }
   }
   store(C{}, y, to);
-  return true;
 }
 
-/// The way that every format and number can take.
 template <class C, class Mode>
-__device__ void cast_general(const Casts<C, Mode>& casts, const Quad<typename C::Bits>& from, const uint32_t* words,
+__device__ void cast_general(const General<C, Mode>& general, const Quad<typename C::Bits>& from, const uint32_t* words,
                              Quad<typename C::Bits>& to, Counts<C>& counts, const Histogram& histogram,
                              QuadSums<kTerms>& lanes) {
-  Coder<C, Mode> coder = casts.coder;
+  Coder<C, Mode> coder = general.coder;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    to.at[j] = casts.op(from.at[j], words[j], coder);
+    to.at[j] = general.op(from.at[j], words[j], coder);
     counts.add(from.at[j], to.at[j], coder.beyond);
     if (histogram.wanted()) histogram.add(coder.code_of(from.at[j]));
     double terms[kTerms];
@@ -215,9 +248,39 @@ __device__ void cast_general(const Casts<C, Mode>& casts, const Quad<typename C:
   }
 }
 
-/// Quads that a thread loads before it works on the first: what keeps the memory busy meanwhile.
+/// Quads that a thread loads while it works on as many.
 template <class C>
-constexpr int kQuadsAtOnce = sizeof(typename C::Bits) == 8 ? 2 : 4;
+constexpr int kQuadsAtOnce = sizeof(typename C::Bits) == 2 ? 4 : 2;
+
+/// A thread's quads of a few rows.
+template <class C>
+struct Rows {
+  Quad<typename C::Bits> quads[kQuadsAtOnce<C>];
+
+  __device__ void load(const Array<const typename C::Bits>& x, int64_t first) {
+    constexpr int64_t last = (kQuadsAtOnce<C> - 1) * kLanes + 4;
+    if (x.aligned && first + last <= x.count) {
+#pragma unroll
+      for (int i = 0; i < kQuadsAtOnce<C>; ++i) {
+        quads[i] = load_quad<typename C::Bits>(x.data + first + i * kLanes);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kQuadsAtOnce<C>; ++i) quads[i] = x.load(first + i * kLanes);
+    }
+  }
+
+  /// Max |x|; NaN if an element is.
+  __device__ float amax() const {
+    float amax = 0;
+#pragma unroll
+    for (int i = 0; i < kQuadsAtOnce<C>; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) amax = max_or_nan(amax, fabsf(to_float(C{}, quads[i].at[j])));
+    }
+    return amax;
+  }
+};
 
 template <class C, class Mode>
 __global__ void __launch_bounds__(kThreads, kBlocksOfPages)
@@ -227,42 +290,65 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfPages)
   extern __shared__ uint32_t copies[];
   __shared__ double sums[kTerms][8];
   __shared__ BlockCounts block_counts;
+  // Shared memory, not registers, has what few elements need.
+  __shared__ alignas(General<C, Mode>) unsigned char room[sizeof(General<C, Mode>)];
+  auto& general = reinterpret_cast<General<C, Mode>&>(room);
   const Histogram histogram(codes, bins, copies);
   histogram.clear();
   block_counts.clear();
+  QuickRounder<Mode> quick = given.quick;
+  if (setting.shift) {
+    const Casts<C, Mode> casts = shifted(setting, given);
+    quick = casts.quick;
+    if (threadIdx.x == 0) general = casts.general;
+  } else {
+    if (threadIdx.x == 0) general = given.general;
+  }
   __syncthreads();
   const uint64_t seed = Mode::random ? draws.seed.read() : 0;
   const uint64_t offset = Mode::random ? draws.offset.read() : 0;
-  Casts<C, Mode> casts = given;
-  if (setting.shift) casts = shifted(setting, casts);
   Counts<C> counts;
 
-  for (int64_t begin = blockIdx.x * kPage; begin < x.count; begin += gridDim.x * kPage) {
+  int64_t begin = blockIdx.x * kPage;
+  Rows<C> next;
+  next.load(x, begin + 4 * threadIdx.x);
+  while (begin < x.count) {
+    const int64_t next_begin = begin + gridDim.x * kPage;
+    const int left = x.count - begin < kPage ? static_cast<int>(x.count - begin) : static_cast<int>(kPage);
     QuadSums<kTerms> lanes;
 #pragma unroll 1
     for (int row = 0; row < kRows; row += kQuadsAtOnce<C>) {
-      const int64_t first = begin + row * kLanes + 4 * threadIdx.x;
-      Quad<typename C::Bits> quads[kQuadsAtOnce<C>];
+      const Rows<C> rows = next;
+      const int next_row = row + kQuadsAtOnce<C>;
+      const int64_t ahead = next_row < kRows ? begin + next_row * kLanes : next_begin;
+      next.load(x, ahead + 4 * threadIdx.x);
+      const int first = row * kLanes + 4 * static_cast<int>(threadIdx.x);
+      if constexpr (sizeof(typename C::Bits) <= 4) {
+        const float amax = rows.amax();
+        if (left == kPage && out.aligned && quick.usable && amax < quick.bound) {
+          counts.quick_amax = fmaxf(counts.quick_amax, amax);
 #pragma unroll
-      for (int i = 0; i < kQuadsAtOnce<C>; ++i) quads[i] = x.load(first + i * kLanes);
-#pragma unroll
-      for (int i = 0; i < kQuadsAtOnce<C>; ++i) {
-        const int64_t index = first + i * kLanes;
-        if (index >= x.count) break;
-        const Words words = Mode::random ? draw_four(draws.bits, seed, offset, index) : Words{};
-        Quad<typename C::Bits> results;
-        bool done = false;
-        if constexpr (sizeof(typename C::Bits) <= 4) {
-          if (casts.quick.usable) {
-            done = cast_quick<C>(casts.quick, quads[i], words.word, results, counts, histogram, lanes);
+          for (int i = 0; i < kQuadsAtOnce<C>; ++i) {
+            const int64_t index = begin + first + i * kLanes;
+            const Words words = Mode::random ? draw_four(draws.bits, seed, offset, index) : Words{};
+            Quad<typename C::Bits> results;
+            cast_quick<C>(quick, rows.quads[i], words.word, amax, results, counts, histogram, lanes);
+            store_quad(out.data + index, results);
           }
+          continue;
         }
-        if (!done) cast_general(casts, quads[i], words.word, results, counts, histogram, lanes);
-        out.store(index, results);
+      }
+#pragma unroll 1
+      for (int place = first; place < first + kQuadsAtOnce<C> * kLanes && place < left; place += kLanes) {
+        const Words words = Mode::random ? draw_four(draws.bits, seed, offset, begin + place) : Words{};
+        Quad<typename C::Bits> results;
+        cast_general(general, x.load(begin + place), words.word, results, counts, histogram, lanes);
+        out.store(begin + place, results);
       }
     }
     const double total = add_lanes(lanes, sums);
     if (threadIdx.x < kTerms) pages[begin / kPage * kTerms + threadIdx.x] = total;
+    begin = next_begin;
   }
   block_counts.add(counts);
   __syncthreads();

@@ -93,15 +93,31 @@ struct QuadSums {
   double at[kSumsAtOnce][4] = {};
 };
 
+/// Add up four sums over the threads of a warp, neighbours first. Thread k of each four returns sum k.
+LOWPREC_DEVICE double add_threads(const double (&sum)[4]) {
+  constexpr uint32_t everyone = 0xffffffff;
+  // Neighbours share the work: an odd thread goes on with the odd sums, then every other pair with the last two.
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  const double low = (odd ? sum[1] : sum[0]) + __shfl_xor_sync(everyone, odd ? sum[0] : sum[1], 1);
+  const double high = (odd ? sum[3] : sum[2]) + __shfl_xor_sync(everyone, odd ? sum[2] : sum[3], 1);
+  double own = (upper ? high : low) + __shfl_xor_sync(everyone, upper ? low : high, 2);
+#pragma unroll
+  for (int apart = 4; apart < 32; apart *= 2) own += __shfl_xor_sync(everyone, own, apart);
+  return own;
+}
+
 /// Add up the lanes of a block of 256 threads, of which thread t has lanes 4t .. 4t + 3. Thread k returns sum k.
 /// For every thread of the block; `shared` is at their disposal before and after.
 template <int kSumsAtOnce>
 __device__ double add_lanes(const QuadSums<kSumsAtOnce>& lanes, double (&shared)[kSumsAtOnce][8]) {
+  static_assert(kSumsAtOnce <= 4);
+  double sum[4] = {};
+#pragma unroll
   for (int k = 0; k < kSumsAtOnce; ++k) {
-    double sum = (lanes.at[k][0] + lanes.at[k][1]) + (lanes.at[k][2] + lanes.at[k][3]);
-    for (int apart = 1; apart < 32; apart *= 2) sum += __shfl_xor_sync(0xffffffff, sum, apart);
-    if (threadIdx.x % 32 == 0) shared[k][threadIdx.x / 32] = sum;
+    sum[k] = (lanes.at[k][0] + lanes.at[k][1]) + (lanes.at[k][2] + lanes.at[k][3]);
   }
+  const double own = add_threads(sum);
+  if (threadIdx.x % 32 < kSumsAtOnce) shared[threadIdx.x % 32][threadIdx.x / 32] = own;
   __syncthreads();
   double total = 0;
   if (threadIdx.x < kSumsAtOnce) {
@@ -116,9 +132,18 @@ __device__ double add_lanes(const QuadSums<kSumsAtOnce>& lanes, double (&shared)
 template <int kSumsAtOnce>
 __device__ double add_pages(const double* pages, int64_t count, double (&shared)[kSumsAtOnce][8]) {
   QuadSums<kSumsAtOnce> lanes;
+#pragma unroll 2
   for (int64_t begin = 4 * threadIdx.x; begin < count; begin += kLanes) {
-    for (int j = 0; j < 4 && begin + j < count; ++j) {
-      for (int k = 0; k < kSumsAtOnce; ++k) lanes.at[k][j] += pages[(begin + j) * kSumsAtOnce + k];
+    double page[4][kSumsAtOnce];  // all loads before the first sum
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int k = 0; k < kSumsAtOnce; ++k) page[j][k] = begin + j < count ? pages[(begin + j) * kSumsAtOnce + k] : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int k = 0; k < kSumsAtOnce; ++k) lanes.at[k][j] += page[j][k];
     }
   }
   return add_lanes(lanes, shared);
