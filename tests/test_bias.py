@@ -144,7 +144,6 @@ def test_a_bias_is_clamped_to_what_the_dtype_holds(device: torch.device) -> None
     assert torch.equal(cast(x), lp.quantize(x, "1-5-2:bias=23"))
 
 
-@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stdv", [None, 0.0, 3.0])
 def test_kernels_measure_as_the_eager_twin(device: torch.device, dtype: torch.dtype, stdv: float | None) -> None:
