@@ -6,6 +6,7 @@
 
 #include "lowprec/block_kernel.h"
 #include "lowprec/block_ops.h"
+#include "lowprec/launch.h"
 
 namespace lowprec {
 namespace {
@@ -13,14 +14,6 @@ namespace {
 constexpr int64_t kBlocksPerMultiprocessor = 32;  // several times what it holds, so that none ends early
 constexpr int64_t kLarge = 4096;                  // elements of a block that are worth a whole thread block
 constexpr int64_t kPiece = 4096;                  // of a block that is the whole tensor
-
-DeviceWord device_word(const Tensor& x, const MaybeTensor& word) {
-  if (!word) return {};
-  STD_TORCH_CHECK(word->is_cpu() || word->device() == x.device(),
-                  "seed and offset must be on the CPU or on the device of x");
-  const auto* at = static_cast<const int64_t*>(word->const_data_ptr());
-  return word->is_cpu() ? DeviceWord{nullptr, *at} : DeviceWord{at, 0};
-}
 
 /// Thread blocks enough for so many threads, and no more than keep the device busy.
 int grid_size(int64_t threads, int device) {
@@ -100,7 +93,7 @@ struct Cuda {
   static void cast(const Blocks& blocks, const Tensor& x, const Tensor& out, uint8_t* scales, const Tiles& tiles,
                    const Source& source, int64_t mode, const uint32_t* tensor_scale) {
     using C = typename Blocks::Container;
-    const DeviceDraws draws{device_word(x, source.seed), device_word(x, source.offset), source.bits, source.place};
+    const DeviceDraws draws = device_draws(x, source);
     const DeviceGuard guard(x.get_device_index());
     BlockArrays<Blocks> arrays{static_cast<const typename C::Bits*>(x.const_data_ptr()),
                                static_cast<typename Blocks::Output*>(out.mutable_data_ptr()), scales, tensor_scale,
