@@ -22,6 +22,7 @@ from lowprec.eager_block import tiling
 from lowprec.formats import BlockFormat
 from lowprec.formats import format as lookup
 from lowprec.packing import row_bytes
+from lowprec.straight_through import ForwardMode, StraightThrough
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,7 +274,7 @@ def _scales_shape(packed: Packed) -> tuple[int, ...]:
     return tiling(packed.shape, packed.format, packed.dim).scales
 
 
-class QuantizeBlock(torch.autograd.Function):
+class QuantizeBlock(StraightThrough):
     """The op with a straight-through gradient, to any order."""
 
     @staticmethod
@@ -292,22 +293,9 @@ class QuantizeBlock(torch.autograd.Function):
         return values
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*grads, None, None, None, None, None, None, None)
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return _ops.batch_block(DualQuantizeBlock.apply, info, in_dims, args)
 
 
-class DualQuantizeBlock(QuantizeBlock):
+class DualQuantizeBlock(ForwardMode, QuantizeBlock):
     """`QuantizeBlock` in forward mode too, which `torch.compile` refuses to trace."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        tangent: Tensor = tangents[0]
-        return tangent.clone()

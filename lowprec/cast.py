@@ -17,6 +17,7 @@ from lowprec.formats import BlockFormat, FloatFormat
 from lowprec.formats import float_format as lookup
 from lowprec.packing import row_bytes
 from lowprec.rounding import Rounding
+from lowprec.straight_through import ForwardMode, StraightThrough
 
 FormatLike = FloatFormat | BlockFormat | str | torch.dtype
 """What a format argument takes: a format, its string, or the torch dtype of that format."""
@@ -216,7 +217,7 @@ def _require_rows(dense: Tensor, fields: list[int], size: int) -> None:
         )
 
 
-class Quantize(torch.autograd.Function):
+class Quantize(StraightThrough):
     """The op with a straight-through gradient, to any order."""
 
     @staticmethod
@@ -235,14 +236,6 @@ class Quantize(torch.autograd.Function):
         return values
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*grads, None, None, None, None, None, None, None)
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         return _ops.batch(DualQuantize.apply, info, in_dims, args)
 
@@ -257,13 +250,8 @@ class QuickApply(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
-class DualQuantize(QuickApply, Quantize):
+class DualQuantize(QuickApply, ForwardMode, Quantize):
     """`Quantize` in forward mode too, which `torch.compile` refuses to trace."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        tangent: Tensor = tangents[0]
-        return tangent.clone()
 
 
 # Reading a format. `torch.compile` must see its integers as constants: a format travels as a string, which it never

@@ -14,6 +14,7 @@ from lowprec.cast import QuickApply
 from lowprec.eager_statistics import FIELDS
 from lowprec.policy import ROLES, Formats
 from lowprec.slots import Slots
+from lowprec.straight_through import ForwardMode
 
 STATS = (len(ROLES), len(FIELDS))
 """Shape of one op's statistics: a row for each role, as `quantize_statistics` fills it."""
@@ -216,7 +217,7 @@ class RoundBoth(torch.autograd.Function):
         return EagerRoundBoth.apply(*args), in_dims[0]
 
 
-class EagerRoundBoth(QuickApply, RoundBoth):
+class EagerRoundBoth(QuickApply, ForwardMode, RoundBoth):
     """`RoundBoth` with what `torch.compile` refuses to trace: sparse gradients and forward mode."""
 
     @staticmethod
@@ -227,8 +228,3 @@ class EagerRoundBoth(QuickApply, RoundBoth):
         formed = grads[0].coalesce().clone()
         formed._values().copy_(round_both(formed.values(), Role(*ctx.role), AS_IT_IS))
         return formed, *[None] * 10
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        tangent: Tensor = tangents[0]
-        return tangent.clone()

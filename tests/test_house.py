@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each layer may import those above it, never one beside or below it; a package may import itself. "" is
 # lowprec/__init__.py. A new module takes its place here.
 LAYERS = (
-    {"formats", "rounding"},
+    {"formats", "rounding", "straight_through"},
     {"reference", "eager", "packing"},
     {"eager_fused", "eager_statistics", "reference_block"},
     {"adapt", "eager_block"},
