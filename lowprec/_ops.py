@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowprec import eager, eager_block, eager_fused, eager_statistics
+from lowprec import eager, eager_accumulate, eager_block, eager_fused, eager_statistics
+from lowprec.accumulator import LEAVES, Accumulator, Level
 from lowprec.adapt import adapt as _adapt
 from lowprec.formats import RULES, SPECIALS, Block, BlockFormat, FloatFormat
 from lowprec.packing import pack_rows, row_bytes, unpack_rows
@@ -41,6 +42,17 @@ def block_format_of(fields: tuple[int, ...]) -> BlockFormat:
     block: Block = (rows, columns) if rows else columns or "tensor"
     scale = format_of(fields[9:]) if fields[9:] else "e8m0"
     return BlockFormat(format_of(fields[:5]), block, scale=scale, rule=RULES[rule], tensor_scale=bool(tensor_scale))
+
+
+@lru_cache(maxsize=1024)
+def accumulator_of(fields: tuple[int, ...]) -> Accumulator:
+    """The accumulator whose `fields` an op was given."""
+    leaf, terms, has_product = fields[:3]
+    levels = [
+        Level(each[0] or None, format_of(each[1:6]), _MODES[each[6]], bool(each[7]))
+        for each in (fields[start : start + 8] for start in range(8, len(fields), 8))
+    ]
+    return Accumulator(levels, format_of(fields[3:8]) if has_product else None, leaf=LEAVES[leaf], terms=terms)
 
 
 def bits_of(fields: list[int]) -> int:
@@ -132,6 +144,25 @@ def batch_rows(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ..
     return op(x.unsqueeze(1) if x.dim() == 1 else x, *args[1:]), 0
 
 
+def batch_sums(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
+    """Batching rule of `accumulate`: the rows of all samples in one call, whose index is the one that counts."""
+    if any(isinstance(dim, int) for dim in dims[1:]):
+        return _each(op, info, dims, args)
+    x = args[0].movedim(dims[0], 0)
+    return op(x.flatten(0, 1), *args[1:]).unflatten(0, x.shape[:2]), 0
+
+
+def batch_matmul(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
+    """Batching rule of `matmul`: likewise for the products of all samples."""
+    if any(isinstance(dim, int) for dim in dims[2:]):
+        return _each(op, info, dims, args)
+    a, b = (
+        x.movedim(dim, 0) if isinstance(dim, int) else x.expand(info.batch_size, *x.shape)
+        for x, dim in zip(args[:2], dims[:2], strict=True)
+    )
+    return op(a.flatten(0, 1), b.flatten(0, 1), *args[2:]).unflatten(0, a.shape[:2]), 0
+
+
 def _each(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
     """Batching rule of any op: a call for each sample."""
     results = [
@@ -200,6 +231,14 @@ def _accumulate(y: Tensor, x: Tensor, format: list[int], x_format: list[int], ro
     eager_fused.accumulate_(y, x, fmt, x_fmt, _MODES[rounding], *args)
 
 
+def _sums(x: Tensor, accumulator: list[int], seed: Tensor | None, offset: Tensor | None) -> Tensor:
+    return eager_accumulate.accumulate(x, accumulator_of(tuple(accumulator)), seed, offset)
+
+
+def _matmul(a: Tensor, b: Tensor, accumulator: list[int], seed: Tensor | None, offset: Tensor | None) -> Tensor:
+    return eager_accumulate.matmul(a, b, accumulator_of(tuple(accumulator)), seed, offset)
+
+
 def _draw_seed() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu").random_()
 
@@ -261,6 +300,19 @@ def _fake_decode_block(
     codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, format: list[int], dim: int, dtype: torch.dtype
 ) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
+
+
+def _carrier(x: Tensor) -> torch.dtype:
+    """The dtype in which sums of x are carried."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_sums(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=_carrier(x))
+
+
+def _fake_matmul(a: Tensor, b: Tensor, *args: Any) -> Tensor:
+    return a.new_empty((*a.shape[:2], b.shape[2]), dtype=_carrier(a))
 
 
 def _fake_seed() -> Tensor:
@@ -340,6 +392,18 @@ _define(
     _fake_none,
     batched=False,
 )
+_define(
+    "accumulate(Tensor x, int[] accumulator, Tensor? seed, Tensor? offset) -> Tensor",
+    _sums,
+    _fake_sums,
+    rule=batch_sums,
+)
+_define(
+    "matmul(Tensor a, Tensor b, int[] accumulator, Tensor? seed, Tensor? offset) -> Tensor",
+    _matmul,
+    _fake_matmul,
+    rule=batch_matmul,
+)
 _define(f"encode_packed({_CAST}) -> Tensor", _encode_packed, _fake_encode_packed, rule=batch_encode_packed)
 _define(
     "decode_packed(Tensor codes, int[] format, int size, ScalarType dtype) -> Tensor",
@@ -357,6 +421,8 @@ quantize_out = torch.ops.lowprec.quantize_out.default
 encode = torch.ops.lowprec.encode.default
 encode_out = torch.ops.lowprec.encode_out.default
 decode = torch.ops.lowprec.decode.default
+accumulate = torch.ops.lowprec.accumulate.default
+matmul = torch.ops.lowprec.matmul.default
 encode_packed = torch.ops.lowprec.encode_packed.default
 decode_packed = torch.ops.lowprec.decode_packed.default
 pack_codes = torch.ops.lowprec.pack_codes.default

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # lowprec/__init__.py. A new module takes its place here.
 LAYERS = (
     {"formats", "rounding", "straight_through"},
-    {"reference", "eager", "packing"},
-    {"eager_fused", "eager_statistics", "reference_block"},
+    {"accumulator", "reference", "eager", "packing"},
+    {"eager_accumulate", "eager_fused", "eager_statistics", "reference_accumulate", "reference_block"},
     {"adapt", "eager_block"},
     {"_ops", "testing"},
     {"block"},
