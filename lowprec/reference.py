@@ -148,7 +148,7 @@ def quantize(
     if isinstance(x, float) and math.isnan(x):
         return x
     value = decode(encode(x, fmt, rounding, saturate, word, random_bits), fmt)
-    return math.copysign(value, x) if math.isnan(value) else value
+    return math.copysign(value, x if isinstance(x, float) else -1.0 if x < 0 else 1.0) if math.isnan(value) else value
 
 
 def philox(seed: int, offset: int, group: int) -> tuple[int, int, int, int]:

@@ -12,16 +12,26 @@
 
 namespace lowprec {
 
-/// |x| = significand · 2^exponent where finite; significand < 2^63.
-struct Number {
-  uint64_t significand;
+__extension__ using uint128_t = unsigned __int128;  // strict C++ has no such type, every compiler here does
+
+/// |x| = significand · 2^exponent where finite; the significand leaves the word's top bit free.
+template <class Word>
+struct NumberIn {
+  Word significand;
   int exponent;
   bool negative;
   bool infinite;
   bool nan;
 };
 
-/// Index of the leading bit of a positive number below 2^63; 0 for 0.
+using Number = NumberIn<uint64_t>;
+using WideNumber = NumberIn<uint128_t>;
+
+/// Bits of a word.
+template <class Word>
+constexpr int width = 8 * static_cast<int>(sizeof(Word));
+
+/// Index of the leading bit of a positive number below 2^63, or 2^127; 0 for 0.
 LOWPREC_INLINE int floor_log2(uint64_t n) {
 #ifdef __CUDA_ARCH__
   return 63 - __clzll(static_cast<long long>(n | 1));
@@ -32,14 +42,21 @@ LOWPREC_INLINE int floor_log2(uint64_t n) {
 #endif
 }
 
+LOWPREC_INLINE int floor_log2(uint128_t n) {
+  const auto high = static_cast<uint64_t>(n >> 64), low = static_cast<uint64_t>(n);
+  if (high) return 64 + floor_log2(high);
+  return low >> 62 ? 62 + floor_log2(low >> 62) : floor_log2(low);
+}
+
 /// A significand with its leading bit at `kTop`, and the exponent of that bit.
+template <class Word>
 struct Normalised {
-  uint64_t significand;
+  Word significand;
   int exponent;
 };
 
-template <int kTop>
-LOWPREC_INLINE Normalised normalise(const Number& x) {
+template <int kTop, class Word>
+LOWPREC_INLINE Normalised<Word> normalise(const NumberIn<Word>& x) {
   const int leading = floor_log2(x.significand);
   return {x.significand << (kTop - leading), x.exponent + leading};
 }
@@ -124,19 +141,21 @@ struct Rounder {
       : to(to), choice(Choice::of(mode)), overflow_code(to.max_code + (saturate ? 0 : 1)) {}
 
   /// Of a number that is no NaN. An infinity, or the NaN in its place, is max_code + 1.
-  LOWPREC_INLINE uint64_t operator()(const Number& number, uint32_t word) const {
-    const auto x = normalise<62>(number);
+  template <class Word>
+  LOWPREC_INLINE uint64_t operator()(const NumberIn<Word>& number, uint32_t word) const {
+    constexpr int top = width<Word> - 2;
+    const auto x = normalise<top>(number);
     const int exponent = max(x.exponent, to.min_exponent);
     const int gap = x.exponent < to.min_exponent ? to.gap : 0;
-    const int count = 62 - to.mantissa_bits + (exponent - x.exponent) + gap;  // of the digits that go
-    const int shift = min(count, 63);
+    const int count = top - to.mantissa_bits + (exponent - x.exponent) + gap;  // of the digits that go
+    const int shift = min(count, top + 1);
     // Of a number that lies further below, all that counts is that it is not zero, and its fraction.
-    const uint64_t significand = count > 63 ? static_cast<uint64_t>(number.significand != 0) : x.significand;
-    const uint64_t kept = significand >> shift;
-    const uint64_t rest = significand - (kept << shift);
-    const uint64_t lower = kept + (static_cast<uint64_t>(exponent - to.min_exponent) << to.mantissa_bits);
-    const bool up =
-        goes_up(lower, rest, uint64_t{1} << (shift - 1), fraction(x.significand, count), number.negative, word);
+    const Word significand = count > top + 1 ? static_cast<Word>(number.significand != 0) : x.significand;
+    const Word kept = significand >> shift;
+    const Word rest = significand - (kept << shift);
+    const uint64_t lower =
+        static_cast<uint64_t>(kept) + (static_cast<uint64_t>(exponent - to.min_exponent) << to.mantissa_bits);
+    const bool up = goes_up(lower, rest, Word{1} << (shift - 1), fraction(x.significand, count), number.negative, word);
     const uint64_t code = lower + (static_cast<uint64_t>(up) << gap);
     const bool infinite = number.infinite | choice.overflows(number.negative);
     const uint64_t large = infinite ? overflow_code : to.max_code;
@@ -146,12 +165,14 @@ struct Rounder {
 
  private:
   /// The first 32 bits of what lies below the kept digits.
-  static LOWPREC_INLINE uint32_t fraction(uint64_t significand, int count) {
-    const uint64_t left = significand << max(32 - count, 0);
-    return static_cast<uint32_t>(left >> min(max(count - 32, 0), 63));
+  template <class Word>
+  static LOWPREC_INLINE uint32_t fraction(Word significand, int count) {
+    const Word left = significand << max(32 - count, 0);
+    return static_cast<uint32_t>(left >> min(max(count - 32, 0), width<Word> - 1));
   }
 
-  LOWPREC_INLINE bool goes_up(uint64_t lower, uint64_t rest, uint64_t half, uint32_t fraction, bool minus,
+  template <class Word>
+  LOWPREC_INLINE bool goes_up(uint64_t lower, Word rest, Word half, uint32_t fraction, bool minus,
                               uint32_t word) const {
     const bool odd = lower & 1;
     const bool above = choice.nearest & (rest > half);
@@ -193,28 +214,45 @@ struct Writer {
   }
 };
 
-/// The sum, exact but for a last bit that stands for all that lies below it: rounded to odd with 61 bits or more, for
-/// terms of up to 53. So rounding it again is rounding the exact sum. `down`: the sign of a sum that is zero.
-LOWPREC_INLINE Number add(const Number& a, const Number& b, bool down) {
+/// The exact product of numbers whose significands fill no more than half a word each. 0 · inf is NaN.
+template <class Word>
+LOWPREC_INLINE NumberIn<Word> multiply(const Number& a, const Number& b) {
+  const bool invalid = (a.infinite & (b.significand == 0)) | (b.infinite & (a.significand == 0));
+  return {static_cast<Word>(a.significand) * b.significand, a.exponent + b.exponent, a.negative != b.negative,
+          static_cast<bool>(a.infinite | b.infinite), static_cast<bool>(a.nan | b.nan | invalid)};
+}
+
+/// The same number in a word at least as wide.
+template <class Word>
+LOWPREC_INLINE NumberIn<Word> widen(const Number& x) {
+  return {x.significand, x.exponent, x.negative, x.infinite, x.nan};
+}
+
+/// The sum, exact but for a last bit that stands for all that lies below it: rounded to odd with three bits less than
+/// the word has, for terms of at least eight bits less. So rounding it again is rounding the exact sum. `down`: the
+/// sign of a sum of numbers that cancel.
+template <class Word>
+LOWPREC_INLINE NumberIn<Word> add(const NumberIn<Word>& a, const NumberIn<Word>& b, bool down) {
+  constexpr int top = width<Word> - 3;
   constexpr int nowhere = -8192;  // the exponent of zero, below all others
-  const auto p = normalise<61>(a);
-  const auto q = normalise<61>(b);
+  const auto p = normalise<top>(a);
+  const auto q = normalise<top>(b);
   const int i = a.significand == 0 ? nowhere : p.exponent;
   const int j = b.significand == 0 ? nowhere : q.exponent;
   const bool first = (i > j) | ((i == j) & (p.significand >= q.significand));  // is the larger one
-  const uint64_t large = first ? p.significand : q.significand;
-  const uint64_t small = first ? q.significand : p.significand;
-  const int distance = min(first ? i - j : j - i, 63);
-  const uint64_t shifted = small >> distance;
-  const uint64_t aligned = shifted | static_cast<uint64_t>(shifted << distance != small);
+  const Word large = first ? p.significand : q.significand;
+  const Word small = first ? q.significand : p.significand;
+  const int distance = min(first ? i - j : j - i, width<Word> - 1);
+  const Word shifted = small >> distance;
+  const Word aligned = shifted | static_cast<Word>(shifted << distance != small);
   const bool opposite = a.negative != b.negative;
-  const uint64_t sum = opposite ? large - aligned : large + aligned;
+  const Word sum = opposite ? large - aligned : large + aligned;
   bool negative = first ? a.negative : b.negative;
   if (opposite & (sum == 0)) negative = down;
   const bool infinite = a.infinite | b.infinite;
   if (infinite) negative = a.infinite ? a.negative : b.negative;
   const bool nan = a.nan | b.nan | (a.infinite & b.infinite & opposite);
-  return {sum, max(i, j) - 61, negative, infinite, nan};
+  return {sum, max(i, j) - top, negative, infinite, nan};
 }
 
 }  // namespace lowprec
