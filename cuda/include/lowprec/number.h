@@ -89,7 +89,7 @@ struct Layout {
   }
 
   template <class C>
-  static constexpr Layout of(C) {
+  static LOWPREC_INLINE constexpr Layout of(C) {
     return {C::fraction_bits, 1 - C::bias, 0, true, true, true, C::infinity - 1, C::sign, C::quiet_nan};
   }
 
