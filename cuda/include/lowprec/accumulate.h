@@ -213,17 +213,19 @@ struct SumPlan {
     }
   }
 
-  LOWPREC_INLINE uint32_t word(int i, int64_t output, int64_t n) const {
-    return level[i].random ? words(output, n) : 0;
-  }
-
   /// The bits of one output; `term(k)` is its k-th term of `count`.
   template <class TermAt>
   LOWPREC_INLINE uint64_t sum(int64_t output, int64_t count, const TermAt& term) const {
-    if (leaf == Leaf::exact) return exact_sum(output, count, term);
+    return sum(words, output, count, term);
+  }
+
+  /// The same by words that are known only where the sum is formed.
+  template <class TermAt>
+  LOWPREC_INLINE uint64_t sum(const SumWords& words, int64_t output, int64_t count, const TermAt& term) const {
+    if (leaf == Leaf::exact) return exact_sum(words, output, count, term);
     Walk<C> walk(tree);
     const auto round = [&](int i, bool first, uint64_t partial, const Term<C>& input, int64_t n) {
-      const uint32_t draw = word(i, output, n);
+      const uint32_t draw = level[i].random ? words(output, n) : 0;
       return first ? level[i].first(input, draw) : level[i].next(partial, input, draw);
     };
     for (int64_t k = 0; k < count; ++k) walk.add(term(k), round);
@@ -232,11 +234,11 @@ struct SumPlan {
 
  private:
   template <class TermAt>
-  LOWPREC_INLINE uint64_t exact_sum(int64_t output, int64_t count, const TermAt& term) const {
+  LOWPREC_INLINE uint64_t exact_sum(const SumWords& words, int64_t output, int64_t count, const TermAt& term) const {
     if (count == 0) return 0;
     ExactSum<C> sum;
     for (int64_t k = 0; k < count; ++k) sum.add(term(k));
-    return level[0].first(sum.total(level[0].down), word(0, output, 0));
+    return level[0].first(sum.total(level[0].down), level[0].random ? words(output, 0) : 0);
   }
 };
 
