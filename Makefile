@@ -45,7 +45,7 @@ $(BUILT): $(VENV) cuda/CMakeLists.txt $(KERNELS)
 	@mkdir -p $(@D) && touch $@
 
 test: build ## the whole test suite
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal $(ARGS)
 
 test-gpu: build ## only the tests that need a GPU
 	$(RUN) -m pytest -m gpu $(ARGS)

@@ -70,7 +70,7 @@ def test_the_embedded_text() -> None:
     assert len(corpus.train) == 1_115_394 - 2 * 55_769
 
 
-PACKED, ZIPPED = lzma.compress(TEXT), gzip.compress(TEXT)
+PACKED, ZIPPED = lzma.compress(TEXT), gzip.compress(TEXT, mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,7 @@ PACKED, ZIPPED = lzma.compress(TEXT), gzip.compress(TEXT)
         (ZIPPED[:30] + b"\0\0\0\0" + ZIPPED[34:], "damaged or cut short"),
         (b"short", "need a part of"),
     ],
+    ids=["missing", "empty", "empty xz", "cut xz", "damaged xz", "cut gz", "damaged gz", "short"],
 )
 def test_bad_files_are_named(content: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "text"
