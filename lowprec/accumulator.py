@@ -23,6 +23,9 @@ all, or partial sums by a tensor core, real or modelled."""
 _STEPS = {"tensor_core": 16, "hopper_fp8": 32, "hopper_fp16": 16}
 """How many terms a tensor core adds at once."""
 
+MAX_LEVELS = 16
+"""So many levels a kernel has room for."""
+
 _NEAREST = (Rounding.nearest_even, Rounding.nearest_away)
 
 
@@ -112,7 +115,7 @@ class Accumulator:
         terms: how many terms a leaf takes; 0 for all, and for the leaf "terms".
 
     Raises:
-        ValueError: for no levels, a last level that would never end, or a leaf that does not go with the rest.
+        ValueError: for no levels or too many, a last level that would never end, or a leaf that does not go with the rest.
         TypeError: for arguments of a wrong type.
     """
 
@@ -140,8 +143,8 @@ class Accumulator:
         for level in self.levels:
             if not isinstance(level, Level):
                 raise TypeError(f"levels must be of the type Level, got {level!r} of type {type(level).__name__}")
-        if not self.levels:
-            raise ValueError("levels must name at least one level, got none")
+        if not 1 <= len(self.levels) <= MAX_LEVELS:
+            raise ValueError(f"levels must be 1 to {MAX_LEVELS}, got {len(self.levels)}")
         if self.levels[-1].fan_in == 1:
             raise ValueError("the last level repeats until one value is left: its fan_in must be None or at least 2")
 

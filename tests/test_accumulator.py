@@ -103,8 +103,9 @@ def test_wrong_arguments_are_refused() -> None:
         Level(None, "fp32", saturate=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rounding must be one of"):
         Level(None, "fp32", "nearest")
-    with pytest.raises(ValueError, match="at least one level"):
-        Accumulator([])
+    for count in (0, 17):
+        with pytest.raises(ValueError, match=f"levels must be 1 to 16, got {count}"):
+            Accumulator([Level(2, "fp32")] * count)
     with pytest.raises(TypeError, match="of the type Level"):
         Accumulator(["fp32"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="leaf must be one of"):
