@@ -32,7 +32,7 @@ CONTAINERS = {
 }
 
 _WORD = 0xFFFFFFFF
-_FAR = 62  # shifting a 53-bit significand this far leaves nothing of it, and stays a legal shift
+_FAR = 63  # shifting a significand this far leaves nothing of it, and stays a legal shift
 
 
 class Unpacked(NamedTuple):
@@ -58,8 +58,9 @@ def unpack(x: Tensor) -> Unpacked:
 
 
 def floor_log2(n: Tensor) -> Tensor:
-    """Index of the leading bit of positive int64 numbers below 2^53, read from their exact float64; -1023 for 0."""
-    return (n.to(torch.float64).view(torch.int64) >> 52) - 1023
+    """Index of the leading bit of positive int64 numbers, read from their float64; -1023 for 0."""
+    lower = n & ~(n >> 1)  # the same leading bit, and none after it: conversion cannot round up to the next one
+    return (lower.to(torch.float64).view(torch.int64) >> 52) - 1023
 
 
 def _shift_right(n: Tensor, by: Tensor) -> Tensor:
@@ -75,8 +76,10 @@ class Lower(NamedTuple):
     rest: Rest
 
 
-def lower_neighbour(parts: Unpacked, fmt: FloatFormat, word: Tensor | None, random_bits: int) -> Lower:
-    """Place finite magnitudes between their neighbours in the format."""
+def lower_neighbour(
+    parts: Unpacked, fmt: FloatFormat, word: Tensor | None, random_bits: int, sticky: Tensor | None = None
+) -> Lower:
+    """Place finite magnitudes between their neighbours in the format; `sticky` as for `round_code`."""
     zero = parts.significand == 0  # which has no leading bit; any place that is not above the smallest normal will do
     leading = torch.where(zero, fmt.emin, floor_log2(parts.significand) + parts.exponent)
     above_normal = (leading - fmt.emin).clamp(min=0) if fmt.ebits else torch.zeros_like(leading)
@@ -91,22 +94,33 @@ def lower_neighbour(parts: Unpacked, fmt: FloatFormat, word: Tensor | None, rand
     significand = torch.where(leading - quantum > 40, 1, parts.significand)
     dropped = torch.where(leading - quantum > 40, -40, quantum - parts.exponent)
     code = (above_normal << fmt.mbits) + _shift_right(significand, dropped)
-    return Lower(code, step, _rest(significand, dropped, code, parts.negative, word, random_bits))
+    rest = _rest(significand, dropped, code, parts.negative, word, random_bits, sticky)
+    return Lower(code, step, rest)
 
 
 def _rest(
-    significand: Tensor, dropped: Tensor, code: Tensor, negative: Tensor, word: Tensor | None, random_bits: int
+    significand: Tensor,
+    dropped: Tensor,
+    code: Tensor,
+    negative: Tensor,
+    word: Tensor | None,
+    random_bits: int,
+    sticky: Tensor | None = None,
 ) -> Rest:
     near = dropped.clamp(0, _FAR)
-    rest = significand & ((torch.ones_like(near) << near) - 1)
-    half = (torch.ones_like(near) << near) >> 1
+    one = torch.ones_like(near)
+    rest = significand & ((one << near) - 1)
+    half = one << (near - 1).clamp(min=0)
     if word is None:
         carry = torch.zeros_like(negative)
     else:
         fraction = torch.where(dropped <= 0, 0, _shift_right(rest, dropped - random_bits))
         carry = fraction + word >= 1 << random_bits
-    inexact = rest != 0
-    return Rest(inexact, inexact & (rest == half), rest > half, (code & 1) == 1, negative, carry)
+    near_enough = dropped <= _FAR  # for the fraction to reach a half
+    inexact, middle, above = rest != 0, near_enough & (rest == half), near_enough & (rest > half)
+    if sticky is not None:
+        inexact, middle, above = inexact | sticky, middle & ~sticky, above | (middle & sticky)
+    return Rest(inexact, middle, above, (code & 1) == 1, negative, carry)
 
 
 class Rounded(NamedTuple):
@@ -118,10 +132,20 @@ class Rounded(NamedTuple):
 
 
 def round_code(
-    parts: Unpacked, fmt: FloatFormat, rounding: Rounding, saturate: bool, word: Tensor | None, random_bits: int
+    parts: Unpacked,
+    fmt: FloatFormat,
+    rounding: Rounding,
+    saturate: bool,
+    word: Tensor | None,
+    random_bits: int,
+    sticky: Tensor | None = None,
 ) -> Rounded:
-    """Round magnitudes to codes. Entries where the input is NaN mean nothing."""
-    lower = lower_neighbour(parts, fmt, word, random_bits)
+    """Round magnitudes to codes. Entries where the input is NaN mean nothing.
+
+    `sticky`: where a magnitude lies above significand · 2^exponent, by less than one unit of the significand. There
+    the significand must have at least `random_bits` bits below those that the format keeps.
+    """
+    lower = lower_neighbour(parts, fmt, word, random_bits, sticky)
     code = torch.where(GOES_UP[rounding](lower.rest), lower.code + lower.step, lower.code)
     overflow = (code > fmt.max_code) | parts.infinite
     if saturate or fmt.specials == "finite":
@@ -211,11 +235,18 @@ def quantize_parts(
     by = 0 if shift is None else shift.to(x.device).clamp(*shift_range(fmt, x.dtype))
     scaled = parts._replace(exponent=parts.exponent - by)
     rounded = round_code(scaled, fmt, rounding, saturate, word, random_bits)
-    infinity, nan = _special_bits(x.dtype)
-    special = (parts.negative.to(torch.int64) << _sign_bit(x.dtype)) | (infinity if fmt.has_inf else nan)
-    bits = torch.where(rounded.infinite, special, pack(rounded.code, parts.negative, fmt, x.dtype, by))
-    values = torch.where(parts.nan, x, _as_values(bits, x.dtype))
+    values = torch.where(parts.nan, x, values_of(rounded, parts.negative, fmt, x.dtype, by))
     return torch.empty_like(x).copy_(values), parts, rounded
+
+
+def values_of(
+    rounded: Rounded, negative: Tensor, fmt: FloatFormat, dtype: torch.dtype, shift: Tensor | int = 0
+) -> Tensor:
+    """Rounded codes and their infinities, or the NaNs that stand in for them, as values times 2^shift of a dtype."""
+    infinity, nan = _special_bits(dtype)
+    special = (negative.to(torch.int64) << _sign_bit(dtype)) | (infinity if fmt.has_inf else nan)
+    bits = torch.where(rounded.infinite, special, pack(rounded.code, negative, fmt, dtype, shift))
+    return _as_values(bits, dtype)
 
 
 def encode(
@@ -294,9 +325,14 @@ def random_words(
     if place:
         start, width, pitch = place
         index = start + index // width * pitch + index % width
+    return words_at(index, seed, offset, random_bits)
+
+
+def words_at(index: Tensor, seed: Tensor | None, offset: Tensor | None, random_bits: int = 32) -> Tensor:
+    """The random words of elements with these indices: int64, shaped like them."""
     per_word = 32 // random_bits
     group, lane = index // (4 * per_word), index // per_word % 4
-    words = philox(_halves(seed, x.device), _halves(offset, x.device), group)
+    words = philox(_halves(seed, index.device), _halves(offset, index.device), group)
     word = torch.stack(words).gather(0, lane.unsqueeze(0)).squeeze(0)
     return (word >> (index % per_word * random_bits)) & ((1 << random_bits) - 1)
 
