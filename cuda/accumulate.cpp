@@ -1,10 +1,13 @@
 // Sums and matrix products under an accumulator on the CPU, shared out among torch's threads by outputs.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "lowprec/accumulate.h"
 #include "lowprec/accumulate_ops.h"
+#include "lowprec/accumulate_panels.h"
 #include "lowprec/draws.h"
+#include "lowprec/operands.h"
 
 namespace lowprec {
 namespace {
@@ -29,30 +32,35 @@ class Widen {
   Writer write_{from_, Layout::of(CarrierOf<C>{})};
 };
 
-/// A tensor of up to three dimensions as its elements' places.
-template <class C>
-struct View {
-  const typename C::Bits* data;
-  int64_t stride[3] = {};
+/// Every output by itself, whatever the accumulator: no float arithmetic.
+template <class C, class Sum>
+void sum_each(const AccumulatorSpec& spec, int64_t terms, const Tensor& out, uint64_t seed, uint64_t offset,
+              const Sum& sum) {
+  const SumPlan<C> plan(spec, terms, seed, offset);
+  auto* results = static_cast<typename C::Bits*>(out.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(terms, 1), 1);
+  parallel_for(0, out.numel(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) results[i] = static_cast<typename C::Bits>(sum(plan, i));
+  });
+}
 
-  explicit View(const Tensor& x) : data(static_cast<const typename C::Bits*>(x.const_data_ptr())) {
-    for (int64_t i = 0; i < x.dim(); ++i) stride[i] = x.stride(i);
-  }
-  const typename C::Bits* at(int64_t i, int64_t j, int64_t k) const {
-    return data + i * stride[0] + j * stride[1] + k * stride[2];
-  }
-};
+template <class C>
+const typename C::Bits* elements(const Tensor& x) {
+  return static_cast<const typename C::Bits*>(x.const_data_ptr());
+}
 
 struct Cpu {
   template <class C>
   static void accumulate(const AccumulatorSpec& spec, const Tensor& x, const Tensor& out, const Source& source) {
     using Carrier = CarrierOf<C>;
-    const View<C> rows(x);
-    const int64_t terms = x.size(1), step = x.stride(1);
+    const Lines<C> lines{elements<C>(x), x.stride(0), x.stride(1)};
+    const int64_t terms = x.size(1);
+    const uint64_t seed = read_word(source.seed), offset = read_word(source.offset);
+    if (add_by_vectors(spec, lines, terms, out, seed, offset)) return;
     const Widen<C> widen;
-    run<Carrier>(spec, terms, out, source, [&](const SumPlan<Carrier>& plan, int64_t output) {
-      const auto* row = rows.at(output, 0, 0);
-      return plan.sum(output, terms, [&](int64_t k) { return term_of<Carrier>(widen(row[k * step])); });
+    sum_each<Carrier>(spec, terms, out, seed, offset, [&](const SumPlan<Carrier>& plan, int64_t i) {
+      const auto* line = lines.data + i * lines.stride;
+      return plan.sum(i, terms, [&](int64_t k) { return term_of<Carrier>(widen(line[k * lines.step])); });
     });
   }
 
@@ -60,31 +68,52 @@ struct Cpu {
   static void matmul(const AccumulatorSpec& spec, const Tensor& a, const Tensor& b, const Tensor& out,
                      const Source& source) {
     using Carrier = CarrierOf<C>;
-    const View<C> left(a), right(b);
     const int64_t rows = a.size(1), columns = b.size(2), terms = a.size(2);
+    const Product<C> x{{elements<C>(a), a.stride(1), a.stride(2)},
+                       {elements<C>(b), b.stride(2), b.stride(1)},
+                       a.stride(0),
+                       b.stride(0),
+                       a.size(0),
+                       rows,
+                       columns,
+                       terms,
+                       0,
+                       columns,
+                       1};
+    const uint64_t seed = read_word(source.seed), offset = read_word(source.offset);
+    if (multiply_by_vectors(spec, x, out, seed, offset)) return;
     const Widen<C> widen;
-    run<Carrier>(spec, terms, out, source, [&](const SumPlan<Carrier>& plan, int64_t output) {
-      const int64_t column = output % columns, row = output / columns % rows, batch = output / columns / rows;
-      const auto* x = left.at(batch, row, 0);
-      const auto* y = right.at(batch, 0, column);
-      return plan.sum(output, terms, [&](int64_t k) {
-        return plan.products(widen(x[k * left.stride[2]]), widen(y[k * right.stride[1]]));
+    sum_each<Carrier>(spec, terms, out, seed, offset, [&](const SumPlan<Carrier>& plan, int64_t i) {
+      const Product<C> one = x.at(i / columns / rows);
+      const auto* left = one.left.data + i / columns % rows * one.left.stride;
+      const auto* right = one.right.data + i % columns * one.right.stride;
+      return plan.sum(i, terms, [&](int64_t k) {
+        return plan.products(widen(left[k * x.left.step]), widen(right[k * x.right.step]));
       });
     });
   }
 
  private:
-  /// Every output by itself: any spec, no float arithmetic.
-  template <class Carrier, class Sum>
-  static void run(const AccumulatorSpec& spec, int64_t terms, const Tensor& out, const Source& source, const Sum& sum) {
-    const SumPlan<Carrier> plan(spec, terms, read_word(source.seed), read_word(source.offset));
-    auto* results = static_cast<typename Carrier::Bits*>(out.mutable_data_ptr());
-    parallel_for(0, out.numel(), std::max<int64_t>(kGrain / std::max<int64_t>(terms, 1), 1),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t output = begin; output < end; ++output) {
-                     results[output] = static_cast<typename Carrier::Bits>(sum(plan, output));
-                   }
-                 });
+  /// A sum is a product with ones.
+  template <class C>
+  static bool add_by_vectors(const AccumulatorSpec& spec, const Lines<C>& lines, int64_t terms, const Tensor& out,
+                             uint64_t seed, uint64_t offset) {
+    constexpr auto one = static_cast<typename C::Bits>(static_cast<typename C::Bits>(C::bias) << C::fraction_bits);
+    const Product<C> x{{&one, 0, 0}, lines, 0, 0, 1, 1, out.numel(), terms, 0, 0, 1};
+    AccumulatorSpec sums = spec;
+    sums.has_product = false;
+    return multiply_by_vectors(sums, x, out, seed, offset);
+  }
+
+  template <class C>
+  static bool multiply_by_vectors([[maybe_unused]] const AccumulatorSpec& spec, [[maybe_unused]] const Product<C>& x,
+                                  [[maybe_unused]] const Tensor& out, [[maybe_unused]] uint64_t seed,
+                                  [[maybe_unused]] uint64_t offset) {
+#ifdef LOWPREC_AVX512
+    return avx512::multiply(spec, seed, offset, x, static_cast<typename CarrierOf<C>::Bits*>(out.mutable_data_ptr()));
+#else
+    return false;
+#endif
   }
 };
 

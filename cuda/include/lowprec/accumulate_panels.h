@@ -1,0 +1,350 @@
+// Matrix products by AVX-512: how operands are packed, and how tiles of outputs walk through an accumulator's tree, all
+// of a tile's sums together.
+#pragma once
+
+#include "lowprec/accumulate_avx512.h"
+
+#ifdef LOWPREC_AVX512
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#include "lowprec/accumulate_ops.h"
+#include "lowprec/operands.h"
+#include "lowprec/philox.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,fma,f16c")
+
+namespace lowprec {
+namespace avx512 {
+namespace {
+
+constexpr int64_t kChunk = 512;    // terms that are packed at once
+constexpr int64_t kRowBlock = 64;  // outputs of a task
+constexpr int64_t kColumnBlock = 128;
+constexpr int64_t kDraws = 32;  // roundings of an output whose words are drawn at once
+
+inline bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+}
+
+/// The machine's default: to nearest, nothing flushed, no traps. The caller's settings come back at the end.
+class DefaultArithmetic {
+ public:
+  DefaultArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~DefaultArithmetic() { _mm_setcsr(saved_); }
+  DefaultArithmetic(const DefaultArithmetic&) = delete;
+  DefaultArithmetic& operator=(const DefaultArithmetic&) = delete;
+
+ private:
+  unsigned saved_;
+};
+
+/// Cache lines of memory.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(new (std::align_val_t{64}) T[static_cast<size_t>(size)]) {}
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Delete {
+    void operator()(T* data) const { operator delete[](data, std::align_val_t{64}); }
+  };
+  std::unique_ptr<T[], Delete> data_;
+};
+
+template <class C>
+LOWPREC_INLINE float as_float(typename C::Bits bits) {
+  if constexpr (std::is_same_v<C, Float16>) {
+    return _cvtsh_ss(bits);
+  } else if constexpr (std::is_same_v<C, BFloat16>) {
+    return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+  } else {
+    return bit_cast<float>(bits);
+  }
+}
+
+/// An element as a number of the vectors' type, exact.
+template <class C, class Scalar>
+LOWPREC_INLINE Scalar number_of(typename C::Bits bits) {
+  if constexpr (std::is_same_v<C, Float64>) {
+    return bit_cast<double>(bits);
+  } else {
+    return as_float<C>(bits);
+  }
+}
+
+/// Terms [first, first + terms) of lines [begin, begin + kWidth), as [terms][kWidth]; missing lines are zero.
+template <class C, class Scalar, int kWidth>
+void pack(const Lines<C>& from, int64_t begin, int64_t lines, int64_t first, int64_t terms, Scalar* to) {
+  constexpr int64_t group = 64;  // terms whose cache lines stay at hand
+  const auto* data = from.data + begin * from.stride + first * from.step;
+  const int64_t width = std::min<int64_t>(lines - begin, kWidth);
+  if (width < kWidth) std::fill(to, to + terms * kWidth, Scalar(0));
+  if (from.stride == 1) {
+    for (int64_t k = 0; k < terms; ++k) {
+      for (int64_t i = 0; i < width; ++i) to[k * kWidth + i] = number_of<C, Scalar>(data[k * from.step + i]);
+    }
+    return;
+  }
+  for (int64_t part = 0; part < terms; part += group) {
+    const int64_t end = std::min(part + group, terms);
+    for (int64_t i = 0; i < width; ++i) {
+      const auto* line = data + i * from.stride;
+      for (int64_t k = part; k < end; ++k) to[k * kWidth + i] = number_of<C, Scalar>(line[k * from.step]);
+    }
+  }
+}
+
+/// Everything that the tiles of one call share.
+template <class V>
+struct TilePlan {
+  Tree tree;
+  Target<V> target[kMaxLevels];
+  Kernels<V> kernels[kMaxLevels];
+  bool random[kMaxLevels];
+  SumWords words;
+  bool usable = false;
+
+  /// `wide` as in `Target`.
+  TilePlan(const AccumulatorSpec& spec, int64_t terms, uint64_t seed, uint64_t offset, bool wide)
+      : tree(spec, terms), words{seed, offset, tree.roundings} {
+    if (spec.leaf != Leaf::terms || spec.has_product || terms == 0) return;
+    for (int i = 0; i < spec.levels; ++i) {
+      target[i] = Target<V>(spec.level[i], wide);
+      if (!target[i].usable) return;
+      kernels[i] = Kernels<V>::of(spec.level[i].rounding, target[i].kind);
+      random[i] = spec.level[i].rounding == 6;
+    }
+    usable = true;
+  }
+};
+
+/// How far sums are: what all outputs of a block have in common.
+struct Progress {
+  int64_t done[kMaxStages] = {};   // inputs that a stage had
+  int64_t taken[kMaxStages] = {};  // those of its present group
+};
+
+/// A tile's partial sums: kOutputs for each stage.
+template <class V, int kRows, int kVectors>
+class Tile {
+ public:
+  using Scalar = typename V::Scalar;
+  static constexpr int width = kVectors * V::lanes;
+  static constexpr int outputs = kRows * width;
+
+  Tile(const TilePlan<V>& plan, Scalar* partial, const uint64_t* index, uint32_t* words)
+      : plan_(plan), partial_(partial), index_(index), words_(words) {}
+
+  /// Add terms: a [count][kRows], b [count][width].
+  void add(Progress& progress, const Scalar* a, const Scalar* b, int64_t count) const {
+    for (int64_t k = 0; k < count;) {
+      const int64_t steps = run(progress, 0, a + k * kRows, b + k * width, count - k);
+      k += steps;
+      if (full(progress, 0)) rise(progress, 0);
+    }
+  }
+
+  /// The sums, [kRows][width]. Groups that are short end here.
+  const Scalar* finish(Progress& progress) const {
+    for (int i = 0; i + 1 < plan_.tree.stages; ++i) {
+      if (progress.taken[i] > 0) rise(progress, i);
+    }
+    return partial_ + (plan_.tree.stages - 1) * outputs;
+  }
+
+ private:
+  bool full(const Progress& progress, int i) const {
+    return i + 1 < plan_.tree.stages && progress.taken[i] == plan_.tree.stage[i].fan_in;
+  }
+
+  /// Up to `count` inputs of a stage, as many as its group takes; returns how many.
+  int64_t run(Progress& progress, int i, const Scalar* a, const Scalar* b, int64_t count) const {
+    const Stage& stage = plan_.tree.stage[i];
+    const auto& target = plan_.target[stage.level];
+    Scalar* sums = partial_ + i * outputs;
+    if (progress.taken[i] == 0) std::fill(sums, sums + outputs, target.start);
+    const bool random = plan_.random[stage.level];
+    int64_t steps = std::min(count, stage.fan_in - progress.taken[i]);
+    if (random) {
+      steps = std::min(steps, kDraws);
+      draw(stage.first + progress.done[i], steps);
+    }
+    const auto& kernels = plan_.kernels[stage.level];
+    (i == 0 && kRows > 1 ? kernels.tile : kernels.flat)(target, a, b, steps, words_, sums);
+    progress.done[i] += steps;
+    progress.taken[i] += steps;
+    return steps;
+  }
+
+  /// End a stage's group, and every group above that this fills.
+  void rise(Progress& progress, int i) const {
+    const Scalar one = 1;
+    do {
+      progress.taken[i] = 0;
+      run(progress, i + 1, &one, partial_ + i * outputs, 1);
+      ++i;
+    } while (full(progress, i));
+  }
+
+  /// The words of roundings [n, n + count), [count][outputs].
+  void draw(int64_t n, int64_t count) const {
+    for (int64_t k = 0; k < count; ++k) {
+      for (int i = 0; i < outputs; ++i) {
+        const uint64_t index = index_[i] + static_cast<uint64_t>(n + k);
+        words_[k * outputs + i] = select(philox(plan_.words.seed, plan_.words.offset, index / 4), index % 4);
+      }
+    }
+  }
+
+  const TilePlan<V>& plan_;
+  Scalar* partial_;
+  const uint64_t* index_;  // of each output's first word
+  uint32_t* words_;
+};
+
+/// A block of outputs, by tiles of kRows by kVectors vectors.
+template <class C, class V, int kRows, int kVectors>
+class Block {
+ public:
+  using Scalar = typename V::Scalar;
+  using Output = typename CarrierOf<C>::Bits;
+  using AnyTile = Tile<V, kRows, kVectors>;
+  static constexpr int64_t row_block = kRows > 1 ? kRowBlock : 4;
+  static constexpr int64_t column_block = kColumnBlock;
+  static constexpr int64_t across = column_block / AnyTile::width;
+  static constexpr int64_t down = row_block / kRows;
+
+  explicit Block(const TilePlan<V>& plan)
+      : plan_(plan),
+        left_(row_block * kChunk),
+        right_(column_block * kChunk),
+        partial_(row_block * column_block * plan.tree.stages),
+        index_(row_block * column_block),
+        words_(AnyTile::outputs * kDraws) {}
+
+  /// The block's sums, from a row and a column on.
+  void run(const Product<C>& x, int64_t row, int64_t column, Output* out) const {
+    const DefaultArithmetic arithmetic;
+    const int64_t tiles_down = std::min(down, (x.rows - row + kRows - 1) / kRows);
+    const int64_t tiles_across = std::min(across, (x.columns - column + AnyTile::width - 1) / AnyTile::width);
+    for_tiles(tiles_down, tiles_across, [&](int64_t i, int64_t j) { number(x, row + i * kRows, column, i, j); });
+    Progress progress;
+    for (int64_t first = 0; first < x.terms; first += kChunk) {
+      const int64_t count = std::min(kChunk, x.terms - first);
+      for (int64_t i = 0; i < tiles_down; ++i) {
+        pack<C, Scalar, kRows>(x.left, row + i * kRows, x.rows, first, count, left_.data() + i * kRows * kChunk);
+      }
+      for (int64_t j = 0; j < tiles_across; ++j) {
+        pack<C, Scalar, AnyTile::width>(x.right, column + j * AnyTile::width, x.columns, first, count,
+                                        right_.data() + j * AnyTile::width * kChunk);
+      }
+      Progress next;
+      for_tiles(tiles_down, tiles_across, [&](int64_t i, int64_t j) {
+        next = progress;
+        tile(i, j).add(next, left_.data() + i * kRows * kChunk, right_.data() + j * AnyTile::width * kChunk, count);
+      });
+      progress = next;
+    }
+    for_tiles(tiles_down, tiles_across, [&](int64_t i, int64_t j) {
+      Progress last = progress;
+      write(x, tile(i, j).finish(last), row + i * kRows, column + j * AnyTile::width, out);
+    });
+  }
+
+ private:
+  template <class F>
+  static void for_tiles(int64_t down, int64_t across, const F& f) {
+    for (int64_t j = 0; j < across; ++j) {
+      for (int64_t i = 0; i < down; ++i) f(i, j);
+    }
+  }
+
+  AnyTile tile(int64_t i, int64_t j) const {
+    const int64_t n = i * across + j;
+    return {plan_, partial_.data() + n * AnyTile::outputs * plan_.tree.stages, index_.data() + n * AnyTile::outputs,
+            words_.data()};
+  }
+
+  /// The index of each output's first random word.
+  void number(const Product<C>& x, int64_t row, int64_t column, int64_t i, int64_t j) const {
+    uint64_t* index = index_.data() + (i * across + j) * AnyTile::outputs;
+    for (int64_t n = 0; n < AnyTile::outputs; ++n) {
+      const int64_t output = x.origin + (row + n / AnyTile::width) * x.row_step +
+                             (column + j * AnyTile::width + n % AnyTile::width) * x.column_step;
+      index[n] = static_cast<uint64_t>(output * plan_.words.roundings);
+    }
+  }
+
+  static void write(const Product<C>& x, const Scalar* sums, int64_t row, int64_t column, Output* out) {
+    using Carrier = std::conditional_t<sizeof(Output) == 8, double, float>;
+    for (int64_t i = 0; i < std::min<int64_t>(kRows, x.rows - row); ++i) {
+      for (int64_t j = 0; j < std::min<int64_t>(AnyTile::width, x.columns - column); ++j) {
+        out[x.origin + (row + i) * x.row_step + (column + j) * x.column_step] =
+            bit_cast<Output>(static_cast<Carrier>(sums[i * AnyTile::width + j]));
+      }
+    }
+  }
+
+  const TilePlan<V>& plan_;
+  Buffer<Scalar> left_;
+  Buffer<Scalar> right_;
+  Buffer<Scalar> partial_;
+  Buffer<uint64_t> index_;
+  Buffer<uint32_t> words_;
+};
+
+/// All outputs, shared out by blocks.
+template <class C, class V, int kRows, int kVectors>
+void multiply_blocks(const TilePlan<V>& plan, const Product<C>& x, typename CarrierOf<C>::Bits* out) {
+  using AnyBlock = Block<C, V, kRows, kVectors>;
+  const int64_t down = (x.rows - 1) / AnyBlock::row_block + 1;
+  const int64_t across = (x.columns - 1) / AnyBlock::column_block + 1;
+  parallel_for(0, x.batch * down * across, 1, [&](int64_t begin, int64_t end) {
+    const AnyBlock block(plan);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task % down * AnyBlock::row_block;
+      const int64_t column = task / down % across * AnyBlock::column_block;
+      block.run(x.at(task / down / across), row, column, out);
+    }
+  });
+}
+
+/// The product, with its longer side in the lanes; false if the vectors do not serve the accumulator.
+template <class V, class C>
+bool multiply_in(const AccumulatorSpec& spec, uint64_t seed, uint64_t offset, Product<C> x,
+                 typename CarrierOf<C>::Bits* out) {
+  const bool wide = sizeof(typename V::Scalar) > sizeof(typename CarrierOf<C>::Bits);
+  const TilePlan<V> plan(spec, x.terms, seed, offset, wide);
+  if (!plan.usable) return false;
+  if (x.columns < kColumnBlock && x.columns < x.rows) x.transpose();
+  x.rows < 4 ? multiply_blocks<C, V, 1, 8>(plan, x, out) : multiply_blocks<C, V, 4, 2>(plan, x, out);
+  return true;
+}
+
+/// The product in the narrowest vectors that serve.
+template <class C>
+bool multiply(const AccumulatorSpec& spec, uint64_t seed, uint64_t offset, const Product<C>& x,
+              typename CarrierOf<C>::Bits* out) {
+  if (!supported()) return false;
+  if constexpr (!std::is_same_v<C, Float64>) {
+    if (multiply_in<Floats>(spec, seed, offset, x, out)) return true;
+  }
+  return multiply_in<Doubles>(spec, seed, offset, x, out);
+}
+
+}  // namespace
+}  // namespace avx512
+}  // namespace lowprec
+
+#pragma GCC pop_options
+
+#endif

@@ -1,0 +1,49 @@
+// The operands of a matrix product on the CPU, whatever their strides.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+namespace lowprec {
+
+/// One operand of a product, seen as lines of terms: rows of the left one, columns of the right one.
+template <class C>
+struct Lines {
+  const typename C::Bits* data;
+  int64_t stride;  // from line to line
+  int64_t step;    // from term to term
+};
+
+/// A product: [rows] × [columns] outputs of `terms` terms, for each of a batch.
+template <class C>
+struct Product {
+  Lines<C> left;
+  Lines<C> right;
+  int64_t left_batch;  // strides of the batch
+  int64_t right_batch;
+  int64_t batch;
+  int64_t rows;
+  int64_t columns;
+  int64_t terms;
+  int64_t origin;       // of the outputs
+  int64_t row_step;     // from row to row of them
+  int64_t column_step;  // from column to column
+
+  /// One of the batch.
+  Product at(int64_t i) const {
+    Product one = *this;
+    one.left.data += i * left_batch;
+    one.right.data += i * right_batch;
+    one.origin += i * rows * columns;
+    return one;
+  }
+
+  void transpose() {
+    std::swap(left, right);
+    std::swap(left_batch, right_batch);
+    std::swap(rows, columns);
+    std::swap(row_step, column_step);
+  }
+};
+
+}  // namespace lowprec
