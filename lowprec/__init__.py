@@ -5,6 +5,8 @@ for any model. This page is the public API.
 """
 
 from lowprec import fused, optim
+from lowprec.accumulate import dot, matmul, sum
+from lowprec.accumulator import Accumulator, Level
 from lowprec.bias import Cast
 from lowprec.block import Packed, load_packed, save_packed
 from lowprec.cast import decode, encode, quantize
@@ -19,18 +21,22 @@ from lowprec.wrap import unwrap, wrap
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accumulator",
     "BlockFormat",
     "Cast",
     "FloatFormat",
+    "Level",
     "Packed",
     "Policy",
     "Rounding",
     "Statistics",
     "decode",
+    "dot",
     "encode",
     "format",
     "fused",
     "load_packed",
+    "matmul",
     "measure",
     "optim",
     "quantize",
@@ -38,6 +44,7 @@ __all__ = [
     "report",
     "save_packed",
     "suggest",
+    "sum",
     "unwrap",
     "wrap",
 ]

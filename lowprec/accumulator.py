@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lowprec.formats import FloatFormat, _require_int, float_format
@@ -115,7 +115,8 @@ class Accumulator:
         terms: how many terms a leaf takes; 0 for all, and for the leaf "terms".
 
     Raises:
-        ValueError: for no levels or too many, a last level that would never end, or a leaf that does not go with the rest.
+        ValueError: for no levels or too many, a last level that would never end, or a leaf that does not go with the
+            rest.
         TypeError: for arguments of a wrong type.
     """
 
@@ -123,6 +124,7 @@ class Accumulator:
     product: FloatFormat | None
     leaf: str
     terms: int
+    _text: str = field(compare=False)
 
     def __init__(
         self,
@@ -138,6 +140,7 @@ class Accumulator:
         object.__setattr__(self, "terms", terms)
         self._check_levels()
         self._check_leaf()
+        object.__setattr__(self, "_text", self._describe())
 
     def _check_levels(self) -> None:
         for level in self.levels:
@@ -303,6 +306,9 @@ class Accumulator:
         raise ValueError(f"{self.leaf}: the hardware defines its roundings, for which there is no bound here")
 
     def __str__(self) -> str:
+        return self._text
+
+    def _describe(self) -> str:
         levels = "/".join(map(str, self.levels))
         product = f";product={self.product}" if self.product else ""
         if self.leaf != "terms":

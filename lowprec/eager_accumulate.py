@@ -69,10 +69,12 @@ def _outputs(
     left = _normalise(unpack(a.unsqueeze(2)))
     right = None if b is None else _normalise(unpack(b.unsqueeze(1)))
     outputs = torch.arange(result.numel(), device=a.device).reshape(result.shape)
+    inputs = 1 if accumulator.leaf == "exact" else count
+    roundings = sum(run.inputs for run in accumulator.runs_of(inputs))
     for i, j, k in _tiles(result.shape, _width(accumulator, count, carrier)):
         numbers = Unpacked(*(field[i, j] for field in left))
         others = None if right is None else Unpacked(*(field[i, :, k] for field in right))
-        draws = _Draws(outputs[i, j, k], accumulator.roundings(count), seed, offset)
+        draws = _Draws(outputs[i, j, k], roundings, seed, offset)
         result[i, j, k] = _tree(_Terms(numbers, others, accumulator.product, carrier), count, accumulator, draws)
     return result
 

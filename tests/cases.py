@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowprec.accumulator import Accumulator
 from lowprec.adapt import new_state
 from lowprec.formats import format as lookup
 from lowprec.rounding import Rounding
@@ -158,6 +159,34 @@ def _sums(device: torch.device) -> list[Arguments]:
     ]
 
 
+_ACCUMULATORS = ("1-6-9", "chunk3:1-5-2 stochastic/fp32", "pairwise:bf16 down;product=1-4-3", "exact:e4m3fn")
+
+
+def _accumulators(device: torch.device, inputs: list[Arguments]) -> list[Arguments]:
+    """Every accumulator on several inputs, with seeds on both devices."""
+    seeds = [(torch.tensor(7, device=device), None), (torch.tensor(7), torch.tensor(8))]
+    return [
+        (*each, Accumulator.parse(text).fields, *seeds[n % 2])
+        for n, each in enumerate(inputs)
+        for text in _ACCUMULATORS
+    ]
+
+
+def _rows(device: torch.device) -> list[Arguments]:
+    """Rows to sum, of several dtypes and layouts, and none."""
+    x = _numbers(device).reshape(12, 5)
+    inputs = [x, x.double().t(), x.half()[::2, ::2], x.bfloat16()[:0], x[:, :0]]
+    return _accumulators(device, [(each,) for each in inputs])
+
+
+def _factors(device: torch.device) -> list[Arguments]:
+    """Matrices to multiply, of several dtypes and layouts, and empty ones."""
+    a, b = _numbers(device), _numbers(device).flip(0).transpose(1, 2)
+    pairs = [(a, b), (a.double(), b.double()[:, :, ::2]), (a.half()[:, ::2], b.half().contiguous())]
+    pairs += [(a.bfloat16(), b.bfloat16()[:, :, :0]), (a[:1].expand(3, 4, 5), b), (a[..., :0], b[:, :0])]
+    return _accumulators(device, pairs)
+
+
 def _few_codes(device: torch.device) -> list[Tensor]:
     """Codes that fit into 4 bits; as bytes, rows of 3 and of 15."""
     codes = (_codes(device) % 16).reshape(20, 3)
@@ -217,6 +246,8 @@ CASES = [
     Case("cast_transpose", _both_layouts),
     Case("activate", _activations),
     Case("accumulate_", _sums),
+    Case("accumulate", _rows),
+    Case("matmul", _factors),
     Case("encode_packed", _casts(text="e3m2fn")),
     Case("decode_packed", _dense_codes),
     Case("pack_codes", lambda device: [(codes, 4) for codes in _few_codes(device)]),

@@ -28,7 +28,7 @@ LAYERS = (
     {"_ops", "testing"},
     {"block"},
     {"cast", "recompute"},
-    {"fused"},
+    {"accumulate", "fused"},
     {"bias", "measure"},
     {"optim", "policy", "slots"},
     {"roles"},
