@@ -17,7 +17,9 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "lowprec/accumulate.h"
 #include "lowprec/dispatch.h"
@@ -137,13 +139,23 @@ enum class Kind {
   any,
 };
 
+/// How a level rounds.
+enum class Path {
+  none,      // not by vectors
+  native,    // float32's own rounding
+  bits,      // float32's bits, of which the last are cut off
+  spacings,  // by adding a large number
+};
+
 /// A level's format as numbers of the vectors' type.
 template <class V>
 struct Target {
   using Scalar = typename V::Scalar;
 
-  bool usable;
+  Path path = Path::none;
   Kind kind;
+  bool random;
+  int dropped;        // digits that float32 has more
   Scalar least;       // the smallest normal value
   Scalar below;       // the power of two whose spacing is that of numbers below it
   Scalar large;       // times a number's power of two: a number whose last digit counts the spacings there
@@ -158,7 +170,23 @@ struct Target {
   Target() = default;
   /// `wide`: whether the terms are those of a wider dtype's, so that no product of theirs can leave the vectors' range.
   Target(const LevelSpec& level, bool wide);
+
+ private:
+  void set_start(const LevelSpec& level) {
+    random = level.rounding == 6;
+    start = level.rounding == 4 ? Scalar(0) : -Scalar(0);
+  }
 };
+
+/// The path of an IEEE format with float32's exponents among float32's numbers.
+LOWPREC_INLINE Path path_of_bits(const LevelSpec& level) {
+  const Format& format = level.format;
+  const bool alike = format.ebits == 8 && format.bias == 127 && format.specials == Specials::ieee && format.subnormals;
+  if (!alike || level.saturate) return Path::none;
+  const bool known = level.rounding == 0 || (level.rounding >= 2 && level.rounding <= 4);
+  if (format.mbits == 23) return known ? Path::native : Path::none;
+  return level.rounding == 0 && format.mbits <= 21 ? Path::bits : Path::none;
+}
 
 /// 2^exponent as a normal number.
 template <class V>
@@ -171,9 +199,12 @@ template <class V>
 Target<V>::Target(const LevelSpec& level, bool wide) {
   using C = typename V::Container;
   const Format& format = level.format;
+  set_start(level);
+  if constexpr (std::is_same_v<V, Floats>) path = path_of_bits(level);
+  dropped = Float32::fraction_bits - format.mbits;
+  if (path != Path::none) return;
   const Layout layout = Layout::of(format);
   const int digits = layout.mantissa_bits, least_exponent = layout.min_exponent;
-  const bool random = level.rounding == 6;
   const bool overflows = format.overflow_code(level.saturate) != format.max_code();
   const auto value = [&](uint64_t code) {
     const auto x = normalise<52>(layout.read(code));
@@ -184,10 +215,11 @@ Target<V>::Target(const LevelSpec& level, bool wide) {
   const int top = next_field + least_exponent;
   const int shift = random ? C::fraction_bits - 32 - digits : C::fraction_bits - digits;
   const int lowest = least_exponent - digits - (random ? 32 : 2);
-  usable = digits >= 1 && shift >= (random ? 1 : 2) && least_exponent > -C::bias &&
-           (wide || lowest >= 1 - C::bias - C::fraction_bits) && top + shift + 1 <= C::bias &&
-           least_exponent + layout.gap + shift + 1 <= C::bias && least_exponent - 1 - digits > -C::bias;
-  if (!usable) return;
+  const bool fits = digits >= 1 && shift >= (random ? 1 : 2) && least_exponent > -C::bias &&
+                    (wide || lowest >= 1 - C::bias - C::fraction_bits) && top + shift + 1 <= C::bias &&
+                    least_exponent + layout.gap + shift + 1 <= C::bias && least_exponent - 1 - digits > -C::bias;
+  if (!fits) return;
+  path = Path::spacings;
   kind = !format.subnormals || !format.has_negative_zero() ? Kind::any : overflows ? Kind::overflows : Kind::plain;
   least = power_of_two<V>(least_exponent);
   below = power_of_two<V>(least_exponent + layout.gap);
@@ -203,7 +235,6 @@ Target<V>::Target(const LevelSpec& level, bool wide) {
   const Scalar infinity = bit_cast<Scalar>(C::infinity), nan = bit_cast<Scalar>(C::quiet_nan);
   infinite = overflows ? infinity : nan;
   special = format.has_infinity() ? infinity : nan;
-  start = level.rounding == 4 ? Scalar(0) : -Scalar(0);
   minus_zero = format.has_negative_zero() ? -Scalar(0) : Scalar(0);
 }
 
@@ -323,14 +354,63 @@ LOWPREC_INLINE typename V::Vector rounded(const Splat<V>& to, typename V::Vector
   return kKind == Kind::any ? V::add(result, to.minus_zero) : result;
 }
 
-/// `count` steps of kRows · kVectors vectors of sums. a: [count][kRows]; b: [count][kVectors][lanes]; `words` and sums:
-/// [kRows][kVectors][lanes], the words for each step.
-template <class V, class Mode, Kind kKind, int kRows, int kVectors>
+/// One step of a sum: s + a · b, exact before it is rounded.
+template <class V, class Mode, Kind kKind>
+class Step {
+ public:
+  using Vector = typename V::Vector;
+  explicit Step(const Target<V>& target) : to_(target) {}
+  LOWPREC_INLINE Vector operator()(Vector a, Vector b, Vector s, const uint32_t* words) const {
+    return rounded<V, Mode, kKind>(to_, Way<V, Mode>::exact(a, b, s), words);
+  }
+
+ private:
+  Splat<V> to_;
+};
+
+/// In float32 itself, by a mode that the instruction knows.
+template <int kDirection>
+class NativeStep {
+ public:
+  explicit NativeStep(const Target<Floats>&) {}
+  LOWPREC_INLINE __m512 operator()(__m512 a, __m512 b, __m512 s, const uint32_t*) const {
+    return Floats::fma<kDirection>(a, b, s);
+  }
+};
+
+/// In a format with float32's exponents: its codes are float32's, cut off. To nearest even.
+class BitsStep {
+ public:
+  explicit BitsStep(const Target<Floats>& target)
+      : half_(_mm512_set1_epi32((1 << (target.dropped - 1)) - 1)),
+        odd_(_mm512_set1_epi32(1 << target.dropped)),
+        kept_(_mm512_set1_epi32(-(1 << target.dropped))),
+        shift_(_mm_cvtsi32_si128(target.dropped)) {}
+  LOWPREC_INLINE __m512 operator()(__m512 a, __m512 b, __m512 s, const uint32_t*) const {
+    const __m512 exact = to_odd<Floats>(a, b, s);
+    const __m512i bits = _mm512_castps_si512(exact);
+    const __m512i odd = _mm512_srl_epi32(_mm512_and_si512(bits, odd_), shift_);
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(half_, odd));
+    const __m512 rounded = _mm512_castsi512_ps(_mm512_and_si512(sum, kept_));
+    return Floats::blend(Floats::different(exact, exact), rounded, exact);  // a NaN's digits may have carried
+  }
+
+ private:
+  __m512i half_;
+  __m512i odd_;
+  __m512i kept_;
+  __m128i shift_;
+};
+
+/// `count` steps of a tile of kRows rows by kVectors vectors. a: [count][kRows], or in a single row [count][kVectors]
+/// [lanes]; b: [count][kVectors][lanes]; `words` and sums: [kRows][kVectors][lanes], the words for each step.
+template <class V, class AnyStep, int kRows, int kVectors>
 void add_terms(const Target<V>& target, const typename V::Scalar* a, const typename V::Scalar* b, int64_t count,
                const uint32_t* words, typename V::Scalar* sums) {
   using Vector = typename V::Vector;
   constexpr int width = kVectors * V::lanes;
-  const Splat<V> to(target);
+  constexpr bool paired = kRows == 1;
+  const AnyStep step(target);
   Vector sum[kRows][kVectors];
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kVectors; ++j) sum[i][j] = V::load(sums + i * width + j * V::lanes);
@@ -340,11 +420,11 @@ void add_terms(const Target<V>& target, const typename V::Scalar* a, const typen
     for (int j = 0; j < kVectors; ++j) y[j] = V::load(b + k * width + j * V::lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Vector x = V::splat(a[k * kRows + i]);
+      const Vector x = V::splat(a[paired ? 0 : k * kRows + i]);
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) {
         const uint32_t* draws = words + ((k * kRows + i) * kVectors + j) * V::lanes;
-        sum[i][j] = rounded<V, Mode, kKind>(to, Way<V, Mode>::exact(x, y[j], sum[i][j]), draws);
+        sum[i][j] = step(paired ? V::load(a + k * width + j * V::lanes) : x, y[j], sum[i][j], draws);
       }
     }
   }
@@ -361,31 +441,104 @@ using Kernel = void (*)(const Target<V>&, const typename V::Scalar*, const typen
 template <class V>
 struct Kernels {
   Kernel<V> tile;
-  Kernel<V> flat;
+  Kernel<V> row;
 
-  static Kernels of(int rounding, Kind kind) {
+  static Kernels of(const Target<V>& target, int rounding) {
+    if constexpr (std::is_same_v<V, Floats>) {
+      if (target.path == Path::bits) return of<BitsStep>();
+      if (target.path == Path::native) {
+        return rounding == 0   ? of<NativeStep<kNearest>>()
+               : rounding == 2 ? of<NativeStep<kZero>>()
+               : rounding == 3 ? of<NativeStep<kUp>>()
+                               : of<NativeStep<kDown>>();
+      }
+    }
+    return of_spacings(target.kind, rounding);
+  }
+
+ private:
+  static Kernels of_spacings(Kind kind, int rounding) {
     Kernels kernels{};
     for_rounding(rounding, [&](auto mode) {
       using Mode = decltype(mode);
       constexpr bool common = std::is_same_v<Mode, NearestEven> || Mode::random;
       if constexpr (Mode::random && std::is_same_v<V, Floats>) {
-        return;  // no target of this kind is usable
+        return;  // float32 has too few digits
       } else if constexpr (!common) {
-        kernels = of<Mode, Kind::any>();
+        kernels = of<Step<V, Mode, Kind::any>>();
       } else {
-        kernels = kind == Kind::plain       ? of<Mode, Kind::plain>()
-                  : kind == Kind::overflows ? of<Mode, Kind::overflows>()
-                                            : of<Mode, Kind::any>();
+        kernels = kind == Kind::plain       ? of<Step<V, Mode, Kind::plain>>()
+                  : kind == Kind::overflows ? of<Step<V, Mode, Kind::overflows>>()
+                                            : of<Step<V, Mode, Kind::any>>();
       }
     });
     return kernels;
   }
 
- private:
-  template <class Mode, Kind kKind>
+  template <class AnyStep>
   static Kernels of() {
-    return {&add_terms<V, Mode, kKind, 4, 2>, &add_terms<V, Mode, kKind, 1, 8>};
+    return {&add_terms<V, AnyStep, 4, 2>, &add_terms<V, AnyStep, 1, 8>};
   }
+};
+
+/// Random words of eight outputs: those of roundings [n, n + count) of which `index` is the first one's, each output in
+/// a 64-bit lane; row k of theirs is words + k · pitch. Philox is that of philox.h.
+class Draw8 {
+ public:
+  Draw8(uint64_t seed, uint64_t offset) {
+    for (int round = 0; round < 10; ++round) {
+      key_[round][0] = _mm512_set1_epi64(low_half(seed) + static_cast<uint32_t>(round) * 0x9E3779B9u);
+      key_[round][1] = _mm512_set1_epi64(high_half(seed) + static_cast<uint32_t>(round) * 0xBB67AE85u);
+    }
+    offset_[0] = _mm512_set1_epi64(low_half(offset));
+    offset_[1] = _mm512_set1_epi64(high_half(offset));
+  }
+
+  void operator()(const uint64_t* index, int64_t n, int64_t count, uint32_t* words, int64_t pitch) const {
+    const __m512i first = _mm512_add_epi64(_mm512_load_si512(index), _mm512_set1_epi64(n));
+    const __m512i skip = _mm512_and_si512(first, _mm512_set1_epi64(3));  // words of the first group
+    const __mmask8 skips[4] = {0, _mm512_cmpeq_epi64_mask(skip, _mm512_set1_epi64(1)),
+                               _mm512_cmpeq_epi64_mask(skip, _mm512_set1_epi64(2)),
+                               _mm512_cmpeq_epi64_mask(skip, _mm512_set1_epi64(3))};
+    __m512i group = _mm512_srli_epi64(first, 2);
+    __m512i row[8];
+    philox(group, row);
+    for (int64_t k = 0; k < count; k += 4) {
+      if (count > 1) {
+        group = _mm512_add_epi64(group, _mm512_set1_epi64(1));
+        philox(group, row + 4);
+      } else {
+        std::fill(row + 4, row + 8, row[0]);  // out of reach of a single word
+      }
+      for (int i = 0; i < 4 && k + i < count; ++i) {
+        __m512i word = row[i];
+        for (int by = 1; by < 4; ++by) word = _mm512_mask_mov_epi64(word, skips[by], row[i + by]);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(words + (k + i) * pitch), _mm512_cvtepi64_epi32(word));
+      }
+      std::copy(row + 4, row + 8, row);
+    }
+  }
+
+ private:
+  /// The words are the low halves of the lanes.
+  void philox(__m512i group, __m512i* row) const {
+    const __m512i multiplier0 = _mm512_set1_epi64(0xD2511F53), multiplier1 = _mm512_set1_epi64(0xCD9E8D57);
+    __m512i c0 = group, c1 = _mm512_srli_epi64(group, 32), c2 = offset_[0], c3 = offset_[1];
+    for (int round = 0; round < 10; ++round) {
+      const __m512i first = _mm512_mul_epu32(c0, multiplier0), second = _mm512_mul_epu32(c2, multiplier1);
+      c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(second, 32), c1, key_[round][0], 0x96);
+      c1 = second;
+      c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(first, 32), c3, key_[round][1], 0x96);
+      c3 = first;
+    }
+    row[0] = c0;
+    row[1] = c1;
+    row[2] = c2;
+    row[3] = c3;
+  }
+
+  __m512i key_[10][2];
+  __m512i offset_[2];
 };
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -27,6 +28,7 @@ namespace {
 constexpr int64_t kChunk = 512;    // terms that are packed at once
 constexpr int64_t kRowBlock = 64;  // outputs of a task
 constexpr int64_t kColumnBlock = 128;
+constexpr int kTile = 8;        // vectors of a tile
 constexpr int64_t kDraws = 32;  // roundings of an output whose words are drawn at once
 
 inline bool supported() {
@@ -88,6 +90,10 @@ void pack(const Lines<C>& from, int64_t begin, int64_t lines, int64_t first, int
   const auto* data = from.data + begin * from.stride + first * from.step;
   const int64_t width = std::min<int64_t>(lines - begin, kWidth);
   if (width < kWidth) std::fill(to, to + terms * kWidth, Scalar(0));
+  if (from.stride == 0) {
+    for (int64_t k = 0; k < terms; ++k) std::fill_n(to + k * kWidth, width, number_of<C, Scalar>(data[k * from.step]));
+    return;
+  }
   if (from.stride == 1) {
     for (int64_t k = 0; k < terms; ++k) {
       for (int64_t i = 0; i < width; ++i) to[k * kWidth + i] = number_of<C, Scalar>(data[k * from.step + i]);
@@ -109,19 +115,20 @@ struct TilePlan {
   Tree tree;
   Target<V> target[kMaxLevels];
   Kernels<V> kernels[kMaxLevels];
-  bool random[kMaxLevels];
   SumWords words;
+  Draw8 draw;
   bool usable = false;
+  alignas(64) typename V::Scalar ones[kTile * V::lanes];
 
   /// `wide` as in `Target`.
   TilePlan(const AccumulatorSpec& spec, int64_t terms, uint64_t seed, uint64_t offset, bool wide)
-      : tree(spec, terms), words{seed, offset, tree.roundings} {
+      : tree(spec, terms), words{seed, offset, tree.roundings}, draw(seed, offset) {
+    std::fill(std::begin(ones), std::end(ones), typename V::Scalar(1));
     if (spec.leaf != Leaf::terms || spec.has_product || terms == 0) return;
     for (int i = 0; i < spec.levels; ++i) {
       target[i] = Target<V>(spec.level[i], wide);
-      if (!target[i].usable) return;
-      kernels[i] = Kernels<V>::of(spec.level[i].rounding, target[i].kind);
-      random[i] = spec.level[i].rounding == 6;
+      if (target[i].path == Path::none) return;
+      kernels[i] = Kernels<V>::of(target[i], spec.level[i].rounding);
     }
     usable = true;
   }
@@ -140,14 +147,15 @@ class Tile {
   using Scalar = typename V::Scalar;
   static constexpr int width = kVectors * V::lanes;
   static constexpr int outputs = kRows * width;
+  static constexpr int left_width = kRows == 1 ? width : kRows;
 
   Tile(const TilePlan<V>& plan, Scalar* partial, const uint64_t* index, uint32_t* words)
       : plan_(plan), partial_(partial), index_(index), words_(words) {}
 
-  /// Add terms: a [count][kRows], b [count][width].
+  /// Add terms: a [count][left_width], b [count][width].
   void add(Progress& progress, const Scalar* a, const Scalar* b, int64_t count) const {
     for (int64_t k = 0; k < count;) {
-      const int64_t steps = run(progress, 0, a + k * kRows, b + k * width, count - k);
+      const int64_t steps = run(progress, 0, a + k * left_width, b + k * width, count - k);
       k += steps;
       if (full(progress, 0)) rise(progress, 0);
     }
@@ -172,14 +180,13 @@ class Tile {
     const auto& target = plan_.target[stage.level];
     Scalar* sums = partial_ + i * outputs;
     if (progress.taken[i] == 0) std::fill(sums, sums + outputs, target.start);
-    const bool random = plan_.random[stage.level];
     int64_t steps = std::min(count, stage.fan_in - progress.taken[i]);
-    if (random) {
+    if (target.random) {
       steps = std::min(steps, kDraws);
       draw(stage.first + progress.done[i], steps);
     }
     const auto& kernels = plan_.kernels[stage.level];
-    (i == 0 && kRows > 1 ? kernels.tile : kernels.flat)(target, a, b, steps, words_, sums);
+    (i == 0 && kRows > 1 ? kernels.tile : kernels.row)(target, a, b, steps, words_, sums);
     progress.done[i] += steps;
     progress.taken[i] += steps;
     return steps;
@@ -187,22 +194,16 @@ class Tile {
 
   /// End a stage's group, and every group above that this fills.
   void rise(Progress& progress, int i) const {
-    const Scalar one = 1;
     do {
       progress.taken[i] = 0;
-      run(progress, i + 1, &one, partial_ + i * outputs, 1);
+      run(progress, i + 1, plan_.ones, partial_ + i * outputs, 1);
       ++i;
     } while (full(progress, i));
   }
 
   /// The words of roundings [n, n + count), [count][outputs].
   void draw(int64_t n, int64_t count) const {
-    for (int64_t k = 0; k < count; ++k) {
-      for (int i = 0; i < outputs; ++i) {
-        const uint64_t index = index_[i] + static_cast<uint64_t>(n + k);
-        words_[k * outputs + i] = select(philox(plan_.words.seed, plan_.words.offset, index / 4), index % 4);
-      }
-    }
+    for (int i = 0; i < outputs; i += 8) plan_.draw(index_ + i, n, count, words_ + i, outputs);
   }
 
   const TilePlan<V>& plan_;
@@ -219,13 +220,13 @@ class Block {
   using Output = typename CarrierOf<C>::Bits;
   using AnyTile = Tile<V, kRows, kVectors>;
   static constexpr int64_t row_block = kRows > 1 ? kRowBlock : 4;
-  static constexpr int64_t column_block = kColumnBlock;
+  static constexpr int64_t column_block = kRows > 1 ? kColumnBlock : AnyTile::width;
   static constexpr int64_t across = column_block / AnyTile::width;
   static constexpr int64_t down = row_block / kRows;
 
   explicit Block(const TilePlan<V>& plan)
       : plan_(plan),
-        left_(row_block * kChunk),
+        left_(down * AnyTile::left_width * kChunk),
         right_(column_block * kChunk),
         partial_(row_block * column_block * plan.tree.stages),
         index_(row_block * column_block),
@@ -240,9 +241,7 @@ class Block {
     Progress progress;
     for (int64_t first = 0; first < x.terms; first += kChunk) {
       const int64_t count = std::min(kChunk, x.terms - first);
-      for (int64_t i = 0; i < tiles_down; ++i) {
-        pack<C, Scalar, kRows>(x.left, row + i * kRows, x.rows, first, count, left_.data() + i * kRows * kChunk);
-      }
+      for (int64_t i = 0; i < tiles_down; ++i) pack_left(x, row + i * kRows, column, first, count, left(i));
       for (int64_t j = 0; j < tiles_across; ++j) {
         pack<C, Scalar, AnyTile::width>(x.right, column + j * AnyTile::width, x.columns, first, count,
                                         right_.data() + j * AnyTile::width * kChunk);
@@ -250,7 +249,7 @@ class Block {
       Progress next;
       for_tiles(tiles_down, tiles_across, [&](int64_t i, int64_t j) {
         next = progress;
-        tile(i, j).add(next, left_.data() + i * kRows * kChunk, right_.data() + j * AnyTile::width * kChunk, count);
+        tile(i, j).add(next, left(i), right_.data() + j * AnyTile::width * kChunk, count);
       });
       progress = next;
     }
@@ -265,6 +264,16 @@ class Block {
   static void for_tiles(int64_t down, int64_t across, const F& f) {
     for (int64_t j = 0; j < across; ++j) {
       for (int64_t i = 0; i < down; ++i) f(i, j);
+    }
+  }
+
+  Scalar* left(int64_t i) const { return left_.data() + i * AnyTile::left_width * kChunk; }
+
+  static void pack_left(const Product<C>& x, int64_t row, int64_t column, int64_t first, int64_t count, Scalar* to) {
+    if constexpr (kRows == 1) {
+      pack<C, Scalar, AnyTile::width>(x.left_of_row(row), column, x.columns, first, count, to);
+    } else {
+      pack<C, Scalar, kRows>(x.left, row, x.rows, first, count, to);
     }
   }
 
@@ -325,6 +334,7 @@ bool multiply_in(const AccumulatorSpec& spec, uint64_t seed, uint64_t offset, Pr
   const bool wide = sizeof(typename V::Scalar) > sizeof(typename CarrierOf<C>::Bits);
   const TilePlan<V> plan(spec, x.terms, seed, offset, wide);
   if (!plan.usable) return false;
+  if (x.rows == 1 && x.columns == 1) x.join_batch();
   if (x.columns < kColumnBlock && x.columns < x.rows) x.transpose();
   x.rows < 4 ? multiply_blocks<C, V, 1, 8>(plan, x, out) : multiply_blocks<C, V, 4, 2>(plan, x, out);
   return true;

@@ -25,9 +25,10 @@ struct Product {
   int64_t rows;
   int64_t columns;
   int64_t terms;
-  int64_t origin;       // of the outputs
-  int64_t row_step;     // from row to row of them
-  int64_t column_step;  // from column to column
+  int64_t origin;          // of the outputs
+  int64_t row_step;        // from row to row of them
+  int64_t column_step;     // from column to column
+  int64_t left_shift = 0;  // of the left lines from column to column, where a row has many
 
   /// One of the batch.
   Product at(int64_t i) const {
@@ -36,6 +37,18 @@ struct Product {
     one.right.data += i * right_batch;
     one.origin += i * rows * columns;
     return one;
+  }
+
+  /// The left lines of a row, one for each column.
+  Lines<C> left_of_row(int64_t row) const { return {left.data + row * left.stride, left_shift, left.step}; }
+
+  /// A batch of single outputs as one row of them.
+  void join_batch() {
+    left_shift = left_batch;
+    right.stride = right_batch;
+    columns = batch;
+    column_step = 1;
+    batch = 1;
   }
 
   void transpose() {
