@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowprec.blocked import factor, finish, times
+from lowprec import reductions
+from lowprec.blocked import Factor, factor, finish, times
 from lowprec.products import Handler, linear
 from lowprec.roles import Roles
 
@@ -55,30 +56,38 @@ def _attend(
     least float32 and rounded from there. A query to which every key is masked gets zero.
     """
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    if roles.blocks:
-        return _attend_in_blocks(roles, (query, key, value), mask, dropout, scale, groups)
+    if roles.by_contraction:
+        return _attend_by_contraction(roles, (query, key, value), mask, dropout, scale, groups)
     query, key, value = roles.operand(query), roles.operand(key), roles.operand(value)
     if groups > 1:
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     scores = roles.result(query @ key.mT) * scale
-    probabilities = _softmax(scores, mask)
+    probabilities = _softmax(roles, scores, mask)
     if dropout > 0:
         probabilities = F.dropout(probabilities, dropout)
     return roles.result(roles.operand(probabilities).to(value.dtype) @ value), probabilities
 
 
-def _attend_in_blocks(
+def _attend_by_contraction(
     roles: Roles, operands: tuple[Tensor, ...], mask: Tensor | None, dropout: float, scale: float, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """The same with the operands of both products in blocks along their contractions."""
+    """The same by products that know what they sum over: operands in blocks lie along it, accumulators follow it."""
     query, key, value = (factor(roles, x) for x in operands)
-    if groups > 1:
+    shared = groups > 1 and roles.accumulators.of_products
+    if groups > 1 and not shared:
         key, value = (each.map(lambda x: x.repeat_interleave(groups, -3)) for each in (key, value))
-    scores = finish(roles, times(roles, query, key.map(lambda x: x.mT))) * scale
-    probabilities = _softmax(scores, mask)
+
+    def multiply(a: Factor, b: Factor, dtype: torch.dtype | None = None) -> Tensor:
+        if not shared:
+            return times(roles, a, b, dtype=dtype)
+        # Heads that share a key, or a value, side by side, so that its gradient sums over them as well.
+        apart = a.map(lambda x: x.reshape(*x.shape[:-3], x.shape[-3] // groups, groups, *x.shape[-2:]))
+        return times(roles, apart, b.map(lambda x: x.unsqueeze(-3)), dtype=dtype).flatten(-4, -3)
+
+    scores = finish(roles, multiply(query, key.map(lambda x: x.mT))) * scale
+    probabilities = _softmax(roles, scores, mask)
     dropped = F.dropout(probabilities, dropout) if dropout else probabilities
-    y = times(roles, factor(roles, dropped), value, dtype=value.x.dtype)
-    return finish(roles, y), probabilities
+    return finish(roles, multiply(factor(roles, dropped), value, value.x.dtype)), probabilities
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:
@@ -86,14 +95,19 @@ def _causal(query: Tensor, key: Tensor) -> Tensor:
     return torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
 
 
-def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+def _softmax(roles: Roles, scores: Tensor, mask: Tensor | None) -> Tensor:
     """Probabilities [..., L, S] in at least float32; zero in a row that is masked throughout."""
+    how = roles.reducing()
     dtype = torch.promote_types(scores.dtype, torch.float32)
+
+    def softmax(x: Tensor) -> Tensor:
+        return x.softmax(-1, dtype=dtype) if how is None else reductions.softmax(how, x.to(dtype), -1)
+
     if mask is None:
-        return scores.softmax(-1, dtype=dtype)
+        return softmax(scores)
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     nothing = (scores == float("-inf")).all(-1, keepdim=True)
-    return scores.masked_fill(nothing, 0.0).softmax(-1, dtype=dtype).masked_fill(nothing, 0.0)
+    return softmax(scores.masked_fill(nothing, 0.0)).masked_fill(nothing, 0.0)
 
 
 def multi_head_attention(

@@ -1,8 +1,9 @@
-"""Products whose operands are rounded in blocks, along the dimension that each of the three products sums over.
+"""Products that know what each of their three products sums over: for operands in blocks, and for accumulators.
 
 For y = a · b the blocks of a and b lie along the contraction. The backward products sum over other dimensions: there
 dY, a and b are rounded again, from full precision, along those. So every factor comes twice, and a function of its own
-takes each to its place. A role that takes no block format is rounded once, as everywhere else.
+takes each to its place. A role that takes no block format is rounded once, as everywhere else. The same function sums
+up by the accumulators that the policy gives each of the three.
 """
 
 from __future__ import annotations
@@ -13,26 +14,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowprec import _ops
+from lowprec import _ops, windows
 from lowprec.roles import AS_IT_IS, Role, Roles, is_learnt, round_both
+from lowprec.sums import Sums, product
+from lowprec.windows import Geometry, Multiply
 
 
 class Factor(NamedTuple):
-    """An operand, and the role by which it is yet to be rounded in blocks; None if it is as it shall be."""
+    """An operand, the role by which it is yet to be rounded in blocks, or None, and whether it is a weight."""
 
     x: Tensor
     role: str | None
+    is_weight: bool
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Factor:
         """The same operand in another shape."""
-        return Factor(function(self.x), self.role)
+        return self._replace(x=function(self.x))
 
 
 class Pair(NamedTuple):
-    """An operand as the forward product sees it, and as the other operand's gradient does."""
+    """An operand as the forward product sees it, and as the other operand's gradient does if that is not the same."""
 
     forward: Tensor
-    again: Tensor
+    again: Tensor | None = None
 
 
 def factor(roles: Roles, x: Tensor, learnt: bool | None = None) -> Factor:
@@ -40,8 +44,8 @@ def factor(roles: Roles, x: Tensor, learnt: bool | None = None) -> Factor:
     is_weight = is_learnt(x) if learnt is None else learnt
     name = "weight" if is_weight else "activation"
     if not x.is_floating_point() or not roles.in_blocks(name):
-        return Factor(roles.weight(x) if is_weight else roles.activation(x), None)
-    return Factor(roles.learnt(x) if is_weight else x, name)
+        return Factor(roles.weight(x) if is_weight else roles.activation(x), None, is_weight)
+    return Factor(roles.learnt(x) if is_weight else x, name, is_weight)
 
 
 def pair(roles: Roles, operand: Factor, dim: int, other: int, parts: int = 1, other_parts: int = 1) -> Pair:
@@ -50,12 +54,12 @@ def pair(roles: Roles, operand: Factor, dim: int, other: int, parts: int = 1, ot
     A dimension made of several parts, which no sum crosses, is rounded along each of them.
     """
     if operand.role is None:
-        return Pair(_narrowed(operand.x), _narrowed(operand.x))
+        return Pair(narrowed(operand.x))
     first, second = roles.forward(operand.role), uncounted(roles.forward(operand.role))
-    forward = _narrowed(_along(operand.x, first, dim, parts))
+    forward = narrowed(_along(operand.x, first, dim, parts))
     if not torch.is_grad_enabled():
-        return Pair(forward, forward)
-    return Pair(forward, _narrowed(_along(operand.x, second, other, other_parts)))
+        return Pair(forward)
+    return Pair(forward, narrowed(_along(operand.x, second, other, other_parts)))
 
 
 def settle(roles: Roles, operand: Factor) -> Tensor:
@@ -80,7 +84,7 @@ def finish(roles: Roles, y: Tensor, bias: Tensor | None = None, dim: int = -1) -
 def term(roles: Roles, bias: Tensor, y: Tensor, dim: int = -1) -> Tensor:
     """A bias in the shape of a product, for the sum of whose dY it takes that rounded along `dim`."""
     role = uncounted(roles.backward("activation_grad"))._replace(dim=dim)
-    return round_both(bias.expand_as(y), AS_IT_IS, role)
+    return round_both(roles.spread(bias, y).expand_as(y), AS_IT_IS, role)
 
 
 def times(roles: Roles, a: Factor, b: Factor, alpha: float = 1, dtype: torch.dtype | None = None) -> Tensor:
@@ -92,17 +96,45 @@ def times(roles: Roles, a: Factor, b: Factor, alpha: float = 1, dtype: torch.dty
         rows = a.x.shape[:-1]
         flat = a.map(lambda x: x.reshape(-1, x.shape[-1]))
         return times(roles, flat, b, alpha, dtype).reshape(*rows, b.x.shape[-1])
-    batch = torch.broadcast_shapes(a.x.shape[:-2], b.x.shape[:-2])  # type: ignore[no-untyped-call]
-    a, b = (each.map(lambda x: x.expand(*batch, *x.shape[-2:])) for each in (a, b))
+    if a.x.shape[:-2] != b.x.shape[:-2]:
+        if roles.accumulators.of_products:
+            return _times_apart(roles, a, b, alpha, dtype)
+        batch = torch.broadcast_shapes(a.x.shape[:-2], b.x.shape[:-2])  # type: ignore[no-untyped-call]
+        a, b = (each.map(lambda x: x.expand(*batch, *x.shape[-2:])) for each in (a, b))
     left = pair(roles, a, -1, -2)
     if dtype is not None:
-        left = Pair(left.forward.to(dtype), left.again.to(dtype))
-    return matmul(left, pair(roles, b, -2, -1), gradient_roles(roles), alpha)
+        left = Pair(left.forward.to(dtype), None if left.again is None else left.again.to(dtype))
+    sums = roles.sums(a.is_weight, b.is_weight)
+    return matmul(left, pair(roles, b, -2, -1), gradient_roles(roles), sums, alpha)
 
 
-def matmul(a: Pair, b: Pair, gradients: tuple[Role, Role], alpha: float = 1) -> Tensor:
+def _times_apart(roles: Roles, a: Factor, b: Factor, alpha: float, dtype: torch.dtype | None) -> Tensor:
+    """The same where operands are broadcast, so that the sum over what one lacks is part of its gradient's contraction.
+
+    Batch dimensions that b lacks become rows of a, and those that a lacks columns of b.
+    """
+    n = max(a.x.dim(), b.x.dim()) - 2
+    a, b = (each.map(lambda x: x.reshape(*[1] * (n + 2 - x.dim()), *x.shape)) for each in (a, b))
+    batch = list(torch.broadcast_shapes(a.x.shape[:-2], b.x.shape[:-2]))  # type: ignore[no-untyped-call]
+    rows = [d for d in range(n) if b.x.shape[d] == 1]
+    columns = [d for d in range(n) if a.x.shape[d] == 1 and d not in rows]
+    shared = [d for d in range(n) if d not in rows and d not in columns]
+    left = a.map(lambda x: x.permute(shared + columns + rows + [n, n + 1]).flatten(len(shared), -2))
+    right = b.map(lambda x: x.permute(shared + rows + [n] + columns + [n + 1]).flatten(len(shared) + len(rows) + 1))
+    right = right.map(lambda x: x.flatten(len(shared), -2))
+    y = times(roles, left, right, alpha, dtype)
+    order = [*shared, *rows, n, *columns, n + 1]
+    sizes = [*batch, a.x.shape[-2], b.x.shape[-1]]
+    return y.reshape([sizes[d] for d in order]).permute([order.index(d) for d in range(n + 2)])
+
+
+def matmul(a: Pair, b: Pair, gradients: tuple[Role, Role], sums: Sums, alpha: float = 1) -> Tensor:
     """The product of rounded operands of one batch shape."""
-    y: Tensor = Matmul.apply(*a, *b, *gradients[0][:4], *gradients[1][:4], float(alpha))  # type: ignore[no-untyped-call]
+    draw = sums.draw(a.forward)
+    first, second = gradients
+    if a.forward is b.forward:  # torch's compiler refuses to see one tensor twice
+        b = b._replace(forward=b.forward.view(b.forward.shape))
+    y: Tensor = Matmul.apply(*a, *b, *first[:4], *second[:4], float(alpha), *sums[:5], *draw)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -112,9 +144,9 @@ class Matmul(torch.autograd.Function):
     @staticmethod
     def forward(
         a: Tensor,
-        a_again: Tensor,
+        a_again: Tensor | None,
         b: Tensor,
-        b_again: Tensor,
+        b_again: Tensor | None,
         first: str | None,
         first_stats: Tensor | None,
         first_codes: Tensor | None,
@@ -124,37 +156,49 @@ class Matmul(torch.autograd.Function):
         second_codes: Tensor | None,
         second_state: Tensor | None,
         alpha: float,
+        forward: str | None,
+        left: str | None,
+        right: str | None,
+        narrow: torch.dtype | None,
+        narrow_back: torch.dtype | None,
+        seed: Tensor | None,
+        offset: Tensor | None,
     ) -> Tensor:
-        y = torch.matmul(a, b)
-        return y if alpha == 1 else y * alpha
+        return _scaled(product(a, b, forward, narrow, seed, offset), alpha)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1], inputs[3])
+        a, a_again, b, b_again = inputs[:4]
+        ctx.save_for_backward(a if a_again is None else a_again, b if b_again is None else b_again)
         ctx.first, ctx.second, ctx.alpha = inputs[4:8], inputs[8:12], inputs[12]
+        ctx.sums, ctx.seed, ctx.offset = inputs[13:18], *inputs[18:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
+        sums = Sums(*ctx.sums)
         da = db = None
         if ctx.needs_input_grad[0]:
             dy = round_both(grads[0], Role(*ctx.first)._replace(dim=-1), AS_IT_IS)
-            da = _scaled(torch.matmul(dy, b.mT), ctx.alpha)
+            da = _scaled(again(dy, b.mT, sums.of_left(), ctx.seed, _after(ctx.offset, 1)), ctx.alpha)
         if ctx.needs_input_grad[2]:
             dy = round_both(grads[0], Role(*ctx.second)._replace(dim=-2), AS_IT_IS)
-            db = _scaled(torch.matmul(a.mT, dy), ctx.alpha)
-        return da, None, db, *[None] * 10
+            db = _scaled(again(a.mT, dy, sums.of_right(), ctx.seed, _after(ctx.offset, 2)), ctx.alpha)
+        return da, None, db, *[None] * 17
 
 
-class Geometry(NamedTuple):
-    """What a convolution is apart from its operands, in the order of `torch.convolution`."""
+def again(a: Tensor, b: Tensor, sums: Sums, seed: Tensor | None, offset: Tensor | None) -> Tensor:
+    """A product in a backward pass, differentiable once more."""
+    if not sums.has_any:
+        return torch.matmul(a, b)
+    if not torch.is_grad_enabled():
+        return product(a, b, sums.forward, sums.narrow, seed, offset)
+    y: Tensor = Matmul.apply(a, None, b, None, *[None] * 8, 1.0, *sums[:5], seed, offset)  # type: ignore[no-untyped-call]
+    return y
 
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    transposed: bool
-    output_padding: list[int]
-    groups: int
+
+def _after(offset: Tensor | None, places: int) -> Tensor | None:
+    return None if offset is None else offset + places
 
 
 def convolve(roles: Roles, x: Factor, weight: Factor, how: Geometry) -> Tensor:
@@ -167,19 +211,21 @@ def convolve(roles: Roles, x: Factor, weight: Factor, how: Geometry) -> Tensor:
     summed = (0, 1, how.groups, 1) if how.transposed else (1, 0, 1, how.groups)
     weights = pair(roles, weight, *summed)
     first, second = gradient_roles(roles)
-    y: Tensor = Convolution.apply(*inputs, *weights, *first[:4], *second[:4], *how)  # type: ignore[no-untyped-call]
+    sums = roles.sums(x.is_weight, weight.is_weight)
+    rest = (*how, *sums[:5], *sums.draw(x.x))
+    y: Tensor = Convolution.apply(*inputs, *weights, *first[:4], *second[:4], *rest)  # type: ignore[no-untyped-call]
     return y
 
 
 class Convolution(torch.autograd.Function):
-    """As `Matmul`, for `torch.convolution`."""
+    """As `Matmul`, for `torch.convolution`; what an accumulator sums up is the matrix product of `windows`."""
 
     @staticmethod
     def forward(
         x: Tensor,
-        x_again: Tensor,
+        x_again: Tensor | None,
         weight: Tensor,
-        weight_again: Tensor,
+        weight_again: Tensor | None,
         first: str | None,
         first_stats: Tensor | None,
         first_codes: Tensor | None,
@@ -194,26 +240,51 @@ class Convolution(torch.autograd.Function):
         transposed: bool,
         output_padding: list[int],
         groups: int,
+        forward: str | None,
+        left: str | None,
+        right: str | None,
+        narrow: torch.dtype | None,
+        narrow_back: torch.dtype | None,
+        seed: Tensor | None,
+        offset: Tensor | None,
     ) -> Tensor:
-        return torch.convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
+        how = Geometry(stride, padding, dilation, transposed, output_padding, groups)
+        if forward is None:
+            return torch.convolution(x, weight, None, *how)
+        return windows.result(x, weight, how, _by(Sums(forward, left, right, narrow, narrow_back), seed, offset))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1], inputs[3])
-        ctx.first, ctx.second, ctx.how = inputs[4:8], inputs[8:12], inputs[12:]
+        a, a_again, b, b_again = inputs[:4]
+        ctx.save_for_backward(a if a_again is None else a_again, b if b_again is None else b_again)
+        ctx.first, ctx.second, ctx.how = inputs[4:8], inputs[8:12], inputs[12:18]
+        ctx.sums, ctx.seed, ctx.offset = inputs[18:23], *inputs[23:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        groups = ctx.how[-1]
+        how, sums = Geometry(*ctx.how), Sums(*ctx.sums)
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dy = _along(grads[0], Role(*ctx.first), 1, groups)
-            dx = _ops.convolution_back(dy, x, weight, None, *ctx.how, [True, False, False])[0]
+            dy = _along(grads[0], Role(*ctx.first), 1, how.groups)
+            if sums.left is None:
+                dx = _ops.convolution_back(dy, x, weight, None, *how, [True, False, False])[0]
+            else:
+                multiply = _by(sums.of_left(), ctx.seed, _after(ctx.offset, 1))
+                dx = windows.input_gradient(dy, x.shape[2:], weight, how, multiply)
         if ctx.needs_input_grad[2]:
             dy = _along(grads[0], Role(*ctx.second), 0, 1)
-            dweight = _ops.convolution_back(dy, x, weight, None, *ctx.how, [False, True, False])[1]
-        return dx, None, dweight, *[None] * 15
+            if sums.right is None:
+                dweight = _ops.convolution_back(dy, x, weight, None, *how, [False, True, False])[1]
+            else:
+                multiply = _by(sums.of_right(), ctx.seed, _after(ctx.offset, 2))
+                dweight = windows.weight_gradient(dy, x, weight.shape, how, multiply)
+        return dx, None, dweight, *[None] * 22
+
+
+def _by(sums: Sums, seed: Tensor | None, offset: Tensor | None) -> Multiply:
+    """The product of a convolution's matrices."""
+    return lambda a, b: again(a, b, sums, seed, offset)
 
 
 def uncounted(role: Role) -> Role:
@@ -229,7 +300,7 @@ def _along(x: Tensor, role: Role, dim: int, parts: int) -> Tensor:
     return round_both(apart, role._replace(dim=dim + 1), AS_IT_IS).flatten(dim, dim + 1)
 
 
-def _narrowed(x: Tensor) -> Tensor:
+def narrowed(x: Tensor) -> Tensor:
     """As autocast would hand it to a product."""
     if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x

@@ -138,6 +138,7 @@ def contract(
     y = None if contraction is None else contraction(roles, *args, **kwargs)
     if y is not None:
         return finish(roles, y)
+    roles.leave_out()
     y = function(*_settled(roles, args), **_settled(roles, kwargs))
     return roles.result(y)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from lowprec import _ops, attention, products, recurrent
+from lowprec import _ops, attention, products, recurrent, reductions
 from lowprec.eager import CONTAINERS
 from lowprec.roles import is_learnt
 
@@ -24,14 +24,24 @@ Function = Callable[..., Any]
 COVERED: dict[Function, tuple[str, products.Handler]] = products.HANDLERS | attention.HANDLERS | recurrent.HANDLERS
 """Torch's function, the name that a report gives it, and its handler."""
 
-KINDS = tuple(dict.fromkeys(name for name, _ in COVERED.values()))
-"""Those names, each once: an op's counters are found by its place here."""
+KINDS = tuple(dict.fromkeys(name for name, _ in (*COVERED.values(), *reductions.HANDLERS.values())))
+"""Those names, and those of the sums that are no products, each once: an op's counters are found by its place here."""
 
 HANDLERS = {
     function: (KINDS.index(name), 1 if name.startswith("embedding") else 2, handler)
     for function, (name, handler) in COVERED.items()
 }
 """The same with the name's place, and the fewest floating-point tensors that make a product."""
+
+REDUCTIONS = {function: (KINDS.index(name), handler) for function, (name, handler) in reductions.HANDLERS.items()}
+"""The functions that sum up other than by products, with the name's place; handled where a policy says how."""
+
+_REDUCTION = re.compile(
+    r"(^|_)(sum|mean|nansum|nanmean|var|std|trace|logsumexp|cumsum|logcumsumexp|kl_div|dist)(_|$)|loss$|entropy"
+    r"|norm(alize)?$|softm(ax|in)$|(avg|lp)_pool|(^|_)fold$|interpolate$|upsample|cosine_similarity$|index_add|scatter_add"
+    r"|scatter_reduce|index_reduce|segment_reduce|sum_to_size"
+)
+_SUMS_NOTHING = re.compile(r"weight_norm$|renorm|backward|(^|_)set_|_check|max_norm|grad_norm")
 
 _PRODUCT = re.compile(
     r"mm(_|$)|mv(_|$)|matmul|linear|conv|dot(_|$)|einsum|attention|attn|rnn|lstm|gru(_|$)|embedding|cdist|pdist|inner$"
@@ -69,6 +79,19 @@ def _not_covered() -> Iterator[tuple[Function, str]]:
 
 NOT_COVERED: dict[Function, str] = dict(_not_covered())
 """Functions that look like a product and have no handler, with their names."""
+
+
+def _not_reduced() -> Iterator[tuple[Function, str]]:
+    for module in _PLACES.values():
+        for name in dir(module):
+            function = getattr(module, name, None)
+            sums = _REDUCTION.search(name) and not _SUMS_NOTHING.search(name)
+            if sums and callable(function) and function not in REDUCTIONS and function not in NOT_COVERED:
+                yield function, name.strip("_")
+
+
+NOT_REDUCED: dict[Function, str] = dict(_not_reduced())
+"""Functions that look as if they sum up and have no handler, with their names."""
 
 
 def missed(function: Function, args: Any, kwargs: Any) -> str | None:

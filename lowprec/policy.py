@@ -1,8 +1,8 @@
-"""Policies: which format each role of a product takes, and where in a model another policy takes over."""
+"""Policies: which format each role of a product takes, how its sums are formed, and where another policy takes over."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lowprec.accumulator import LEAVES, Accumulator
 from lowprec.bias import Cast, Rule, plain_format
 from lowprec.cast import FormatLike
 from lowprec.formats import BlockFormat, FloatFormat, format
@@ -19,6 +20,10 @@ ROLES = ("activation", "weight", "activation_grad", "weight_grad")
 
 RoleLike = FormatLike | BlockFormat | Cast
 """What a role takes: a format in any form, or a cast as the template of one for every tensor of that role."""
+
+AccumulatorLike = Accumulator | str
+Three = tuple[Accumulator | None, Accumulator | None, Accumulator | None]
+"""The accumulators of a product, of the gradients of its activations, and of that of its weight."""
 
 
 class Formats(NamedTuple):
@@ -33,6 +38,28 @@ class Formats(NamedTuple):
     weight_grad: str | None
 
 
+class Accumulators(NamedTuple):
+    """How sums are formed, as strings; None for torch's own way. Likewise.
+
+    `forward`, `input_grad` and `weight_grad` are of products: of y, of the gradients of operands that are not learnt,
+    and of those that are. `reduction` is of all other sums.
+    """
+
+    forward: str | None = None
+    input_grad: str | None = None
+    weight_grad: str | None = None
+    reduction: str | None = None
+
+    @property
+    def of_products(self) -> bool:
+        """Whether any sum of a product is formed by an accumulator."""
+        return self.forward is not None or self.input_grad is not None or self.weight_grad is not None
+
+
+TORCHS_SUMS = Accumulators()
+"""All sums formed torch's own way."""
+
+
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class Policy:
     """A format, or None for full precision, for each role of every product y = a · b (+ bias) in a model.
@@ -45,12 +72,17 @@ class Policy:
         weight: the weight of linear, convolution and embedding, or any parameter or view of one.
         activation_grad: the gradient dY, rounded once, as the operand of both backward products.
         weight_grad: dW once formed, and the bias gradient, which sums the rounded dY.
+        accumulator: how products sum up their terms, an `Accumulator` or its string; or three of them, each of which
+            may be None: for y, for the gradients of activations, and for those of weights. None is torch's own way.
         overrides: other policies for parts of the model: patterns (fnmatch) on module paths, each with a policy, the
             name of a recipe, or None for full precision. The first pattern that matches a module, or one above it,
             replaces the whole policy there. `layer.*` covers `layer` itself too.
+        reduction: how all other sums are formed: those of normalisations, softmax, `sum` and `mean`, and the gradients
+            of biases (docs/wrap.md). An accumulator of terms or an exact one.
 
     Raises:
-        ValueError: for an unknown format or recipe, or overrides inside an override.
+        ValueError: for an unknown format, accumulator or recipe, overrides inside an override, or a `reduction` that
+            only products have.
         TypeError: for arguments of a wrong type.
     """
 
@@ -58,7 +90,9 @@ class Policy:
     weight: FloatFormat | BlockFormat | Cast | None
     activation_grad: FloatFormat | BlockFormat | Cast | None
     weight_grad: FloatFormat | BlockFormat | Cast | None
+    accumulator: Accumulator | Three | None
     overrides: Mapping[str, Policy | None]
+    reduction: Accumulator | None
 
     def __init__(
         self,
@@ -66,12 +100,17 @@ class Policy:
         weight: RoleLike | None = None,
         activation_grad: RoleLike | None = None,
         weight_grad: RoleLike | None = None,
+        accumulator: AccumulatorLike | Sequence[AccumulatorLike | None] | None = None,
         overrides: Mapping[str, Policy | str | None] = MappingProxyType({}),
+        *,
+        reduction: AccumulatorLike | None = None,
     ) -> None:
         given = (activation, weight, activation_grad, weight_grad)
         for name, value in zip(ROLES, given, strict=True):
             object.__setattr__(self, name, _role(name, value))
+        object.__setattr__(self, "accumulator", _accumulator(accumulator))
         object.__setattr__(self, "overrides", MappingProxyType(dict(_overrides(overrides))))
+        object.__setattr__(self, "reduction", _reduction(reduction))
 
     @staticmethod
     def recipe(name: str) -> Policy:
@@ -86,6 +125,12 @@ class Policy:
         return Formats(*(None if value is None else str(Rule.of(value)) for value in self._roles))
 
     @property
+    def accumulators(self) -> Accumulators:
+        """The accumulators of products and of other sums as strings."""
+        of_products = self.accumulator if isinstance(self.accumulator, tuple) else (self.accumulator,) * 3
+        return Accumulators(*(None if each is None else str(each) for each in (*of_products, self.reduction)))
+
+    @property
     def float_formats(self) -> tuple[FloatFormat | None, ...]:
         """The four roles for code that rounds by hand, to float formats and nearest even.
 
@@ -96,8 +141,8 @@ class Policy:
 
     @property
     def is_empty(self) -> bool:
-        """Whether every role is in full precision, overrides apart."""
-        return all(value is None for value in self._roles)
+        """Whether every role is in full precision and every sum torch's own, overrides apart."""
+        return all(value is None for value in (*self._roles, self.accumulator, self.reduction))
 
     def for_module(self, path: str) -> Policy | None:
         """The policy in force in the module at a path: the first override that covers it, else this one."""
@@ -113,7 +158,7 @@ class Policy:
         return self.activation, self.weight, self.activation_grad, self.weight_grad
 
     def _key(self) -> tuple[Any, ...]:
-        return *self.formats, *self.overrides.items()
+        return *self.formats, *self.accumulators, *self.overrides.items()
 
     def __eq__(self, other: object) -> bool:
         return self._key() == other._key() if isinstance(other, Policy) else NotImplemented
@@ -124,10 +169,23 @@ class Policy:
     def __repr__(self) -> str:
         given = {name: value for name, value in zip(ROLES, self._roles, strict=True) if value is not None}
         named = [f"{name}={value if isinstance(value, Cast) else str(value)!r}" for name, value in given.items()]
-        return f"Policy({', '.join([*named, *([f'overrides={dict(self.overrides)}'] if self.overrides else [])])})"
+        if self.accumulator is not None:
+            three = isinstance(self.accumulator, tuple)
+            named.append(f"accumulator={tuple(self.accumulators[:3]) if three else str(self.accumulator)!r}")
+        if self.overrides:
+            named.append(f"overrides={dict(self.overrides)}")
+        if self.reduction is not None:
+            named.append(f"reduction={str(self.reduction)!r}")
+        return f"Policy({', '.join(named)})"
 
-    def __reduce__(self) -> tuple[type[Policy], tuple[Any, ...]]:
-        return Policy, (*self._roles, dict(self.overrides))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (*self._roles, self.accumulator, dict(self.overrides), self.reduction)
+
+
+def _restored(*given: Any) -> Policy:
+    """A pickled policy."""
+    *positional, reduction = given
+    return Policy(*positional, reduction=reduction)
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -158,6 +216,33 @@ def _role(name: str, value: RoleLike | None) -> FloatFormat | BlockFormat | Cast
         return value if value is None or isinstance(value, Cast) else format(value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
+
+
+def _accumulator(given: AccumulatorLike | Sequence[AccumulatorLike | None] | None) -> Accumulator | Three | None:
+    """One for all three products where they share it, None if none has one."""
+    if given is None or isinstance(given, str | Accumulator):
+        return None if given is None else Accumulator.parse(given)
+    if not isinstance(given, list | tuple):
+        raise TypeError(
+            "accumulator must be an Accumulator, its string, three of them (for the result, for the gradients of "
+            f"activations and for those of weights) or None, got {type(given).__name__}"
+        )
+    if len(given) != 3:
+        raise ValueError(
+            "accumulator must be one or three: for the result, for the gradients of activations and for those of "
+            f"weights; got {len(given)}"
+        )
+    forward, input_grad, weight_grad = (None if each is None else Accumulator.parse(each) for each in given)
+    return forward if forward == input_grad == weight_grad else (forward, input_grad, weight_grad)
+
+
+def _reduction(given: AccumulatorLike | None) -> Accumulator | None:
+    if given is None:
+        return None
+    parsed = Accumulator.parse(given)
+    if parsed.leaf not in LEAVES[:2] or parsed.product is not None:
+        raise ValueError(f"reduction must sum terms as they are, or exactly; {given} is for products alone")
+    return parsed
 
 
 def _overrides(given: Mapping[str, Policy | str | None]) -> Iterator[tuple[str, Policy | None]]:

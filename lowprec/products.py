@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowprec import contractions
-from lowprec.blocked import Geometry, convolve, factor, finish, term, times
+from lowprec.blocked import convolve, factor, finish, term, times
 from lowprec.contractions import Contraction, contract, matmul
 from lowprec.roles import Roles, is_learnt
+from lowprec.windows import Geometry
 
 Handler = Callable[..., Any]
 
@@ -27,7 +28,7 @@ def product(roles: Roles, function: Handler, *args: Any, **kwargs: Any) -> Tenso
     With `out=` torch's own rules hold: no gradient may be asked for.
     """
     operands = {name: value for name, value in kwargs.items() if name != "out"}
-    if roles.blocks:
+    if roles.by_contraction:
         y = contract(_CONTRACTIONS.get(function), roles, function, args, operands)
         return y if kwargs.get("out") is None else torch.mul(y, 1, out=kwargs["out"])
     kwargs |= map_tensors(roles.operand, operands)
@@ -61,11 +62,11 @@ def added(op: Callable[[Tensor, Tensor], Tensor], contraction: Contraction) -> H
         bias = roles.learnt(input).to(y.dtype)
         if roles.blocks and roles.in_blocks("activation_grad"):
             return torch.add(y, term(roles, bias, y), alpha=beta, out=out)
-        y = torch.add(y, bias, alpha=beta, out=out)
+        y = torch.add(y, roles.spread(bias, y), alpha=beta, out=out)
         return y if y is out else roles.result(y)
 
     def _scaled_product(roles: Roles, a: Tensor, b: Tensor, alpha: float) -> Tensor:
-        if roles.blocks:
+        if roles.by_contraction:
             blocked = contraction(roles, factor(roles, a), factor(roles, b), alpha)
             assert blocked is not None
             return blocked
@@ -92,7 +93,7 @@ def _addbmm(a: Tensor, b: Tensor) -> Tensor:
 
 def linear(roles: Roles, function: Handler, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Input · weightᵀ + bias, as `F.linear`."""
-    if roles.blocks:
+    if roles.by_contraction:
         return finish(roles, matmul(roles, factor(roles, input), factor(roles, weight, True).map(_transposed)), bias)
     return roles.result(function(roles.operand(input), roles.weight(weight)), bias)
 
@@ -101,6 +102,7 @@ def bilinear(
     roles: Roles, function: Handler, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """input1ᵀ · weight · input2 + bias, as `F.bilinear`: one product of three operands, blocks along the last dims."""
+    roles.leave_out()
     return roles.result(function(roles.operand(input1), roles.operand(input2), roles.weight(weight)), bias)
 
 
@@ -114,13 +116,13 @@ def convolution(
     **kwargs: Any,
 ) -> Tensor:
     """A convolution of torch's, in any number of dimensions, transposed or not."""
-    if roles.blocks:
+    if roles.by_contraction:
         return _blocked_convolution(roles, function, input, weight, bias, args, kwargs)
     y = function(roles.operand(input), roles.weight(weight), None, *args, **kwargs)
     if bias is None:
         return roles.result(y)
-    y = y + roles.learnt(bias).to(y.dtype).view(-1, *[1] * (weight.dim() - 2))
-    return roles.result(y)
+    shaped = roles.learnt(bias).to(y.dtype).view(-1, *[1] * (weight.dim() - 2))
+    return roles.result(y + roles.spread(shaped, y))
 
 
 def _blocked_convolution(
@@ -147,7 +149,7 @@ def _blocked_convolution(
     y = convolve(roles, factor(roles, x), factor(roles, weight, True), how)
     if bias is not None:
         learnt = roles.learnt(bias).to(y.dtype).view(-1, *[1] * n)
-        y = y + (term(roles, learnt, y, 1) if roles.in_blocks("activation_grad") else learnt)
+        y = y + (term(roles, learnt, y, 1) if roles.in_blocks("activation_grad") else roles.spread(learnt, y))
     y = finish(roles, y)
     return y if x is input or input.dim() == weight.dim() else y.squeeze(0)
 
@@ -188,12 +190,14 @@ def _transposed(x: Tensor) -> Tensor:
 
 def embedding(roles: Roles, function: Handler, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The rows of a rounded table; only rows that are looked up get rounded, which gives the same bits."""
+    roles.leave_out(gradient_of_weight_alone=True)
     rows = function(input, roles.learnt(weight), *args, **kwargs)
     return roles.rows(rows)
 
 
 def embedding_bag(roles: Roles, function: Handler, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Sums, means or maxima of the rows of a rounded table; weights of samples are activations."""
+    roles.leave_out()
     if kwargs.get("per_sample_weights") is not None:
         kwargs["per_sample_weights"] = roles.operand(kwargs["per_sample_weights"])
     return roles.result(function(input, roles.weight(weight), *args, **kwargs))

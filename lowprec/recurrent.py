@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowprec.blocked import Pair, factor, gradient_roles, matmul, pair, uncounted
+from lowprec.blocked import Pair, factor, gradient_roles, matmul, narrowed, pair, uncounted
 from lowprec.products import Handler
 from lowprec.roles import AS_IT_IS, Roles, round_both
 
@@ -31,8 +31,9 @@ class Product:
     def __init__(self, roles: Roles, weight: Tensor) -> None:
         self.roles = roles
         self.state = roles.forward("activation")
-        if roles.blocks:
+        if roles.by_contraction:
             self.pair = weight_pair(roles, weight)
+            self.sums = roles.sums(False, True)
             self.again = uncounted(roles.forward("activation")) if roles.in_blocks("activation") else None
             self.gradients = gradient_roles(roles)
         else:
@@ -40,13 +41,14 @@ class Product:
 
     def __call__(self, h: Tensor) -> Tensor:
         """[N, features] -> [N, gates], its gradient yet to be rounded if that is not done in blocks."""
-        if not self.roles.blocks:
+        if not self.roles.by_contraction:
             return F.linear(self.roles.activation(h, self.state), self.weight)
         if self.again is None:
-            rounded = self.roles.activation(h, self.state)
-            return matmul(Pair(rounded, rounded), self.pair, self.gradients)
-        forward = round_both(h, self.state._replace(dim=-1), AS_IT_IS)
-        return matmul(Pair(forward, round_both(h, self.again._replace(dim=-2), AS_IT_IS)), self.pair, self.gradients)
+            rounded = narrowed(self.roles.activation(h, self.state))
+            return matmul(Pair(rounded), self.pair, self.gradients, self.sums)
+        forward = narrowed(round_both(h, self.state._replace(dim=-1), AS_IT_IS))
+        again = narrowed(round_both(h, self.again._replace(dim=-2), AS_IT_IS))
+        return matmul(Pair(forward, again), self.pair, self.gradients, self.sums)
 
 
 class Layer:
@@ -61,9 +63,11 @@ class Layer:
     def __init__(self, roles: Roles, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
         self.roles = roles
         w_ih, *others = weights
-        self.w_ih = weight_pair(roles, w_ih) if roles.blocks else roles.weight(w_ih)
+        self.w_ih = weight_pair(roles, w_ih) if roles.by_contraction else roles.weight(w_ih)
+        self.sums = roles.sums(False, True)
         self.hidden, *self.projection = [Product(roles, w) for w in others]
         self.biases = [roles.learnt(b) for b in biases]
+        self.reducing = roles.reducing() if biases else None
         in_blocks = roles.blocks and roles.in_blocks("activation_grad")
         # A gradient in blocks is rounded in each product, and once more for the biases.
         self.of_biases = uncounted(roles.backward("activation_grad")) if in_blocks else None
@@ -77,7 +81,7 @@ class Layer:
     def product(self, x: Tensor | Pair) -> Tensor:
         """The same without biases. A pair is of rows: [rows, inputs] -> [rows, gates]."""
         if isinstance(x, Pair) and isinstance(self.w_ih, Pair):
-            return matmul(x, self.w_ih, gradient_roles(self.roles))
+            return matmul(x, self.w_ih, gradient_roles(self.roles), self.sums)
         assert isinstance(x, Tensor)
         assert isinstance(self.w_ih, Tensor)
         return F.linear(x, self.w_ih)
@@ -87,6 +91,7 @@ class Layer:
         if not biases:
             return y
         bias: Any = sum(b.to(y.dtype) for b in biases)
+        bias = bias if self.reducing is None else self.reducing.begin(y).spread(bias, y)
         return y + (bias if self.of_biases is None else round_both(bias.expand_as(y), AS_IT_IS, self.of_biases))
 
     def step(self, x: Tensor, state: State) -> State:
@@ -138,13 +143,13 @@ class Relu(Layer):
 
 
 def weight_pair(roles: Roles, weight: Tensor) -> Pair:
-    """A weight [gates, features] as the second operand of a product in blocks."""
+    """A weight [gates, features] as the second operand of a product that knows its contraction."""
     return pair(roles, factor(roles, weight, True).map(lambda w: w.t()), -2, -1)
 
 
 def _entering(roles: Roles, x: Tensor) -> Tensor | Pair:
-    """The rounded inputs of a layer, [..., inputs]; in blocks as rows."""
-    if not roles.blocks:
+    """The rounded inputs of a layer, [..., inputs]; for products that know their contraction as rows."""
+    if not roles.by_contraction:
         return roles.operand(x)
     return pair(roles, factor(roles, x).map(lambda x: x.reshape(-1, x.shape[-1])), -1, -2)
 

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lowprec import recompute
+from lowprec.accumulator import Accumulator
 from lowprec.bias import Rule, is_block
-from lowprec.coverage import HANDLERS, KINDS, is_unfit, missed
-from lowprec.policy import ROLES, Formats
+from lowprec.coverage import HANDLERS, KINDS, NOT_REDUCED, REDUCTIONS, is_unfit, missed
+from lowprec.policy import ROLES, Accumulators, Formats
 from lowprec.products import tensors
-from lowprec.roles import CODES, STATS, Counters, Roles, States
+from lowprec.roles import CODES, STATEFUL, STATS, Counters, Roles, States
 from lowprec.slots import Slots
+from lowprec.sums import narrow_dtypes
 
 Function = Callable[..., Any]
 
@@ -31,18 +33,34 @@ class Region(TorchFunctionMode):
     Args:
         path: of the module.
         formats: of each role.
+        accumulators: of products and of other sums.
         strict: whether an op that is not covered raises ValueError; otherwise it is remembered for the report.
         device: where to count at first; the counters follow the operands.
         place: of the module in the model, by which the casts' random bits differ from those of other modules.
     """
 
-    def __init__(self, path: str, formats: Formats, strict: bool, device: torch.device, place: int = 0) -> None:
+    def __init__(
+        self,
+        path: str,
+        formats: Formats,
+        accumulators: Accumulators,
+        strict: bool,
+        device: torch.device,
+        place: int = 0,
+    ) -> None:
         super().__init__()
         self.path = path
         self.formats = formats
+        self.accumulators = accumulators
         self.strict = strict
         self.missed: tuple[str, ...] = ()
-        self.slots = tuple(_slots(rule, len(ROLES) * place + k, device) for k, rule in enumerate(formats))
+        self.left_out: tuple[str, ...] = ()
+        self.slots = (
+            *(_slots(rule, len(ROLES) * place + k, device) for k, rule in enumerate(formats)),
+            _draws(accumulators[:3], device),
+            _draws(accumulators[3:], device),
+        )
+        self.narrow = narrow_dtypes(formats) if accumulators.of_products else (None, None)
         self.blocks = any(rule is not None and is_block(rule) for rule in formats)
         self.has_state = any(slots is not None for slots in self.slots)
         with torch.inference_mode(False):
@@ -63,7 +81,36 @@ class Region(TorchFunctionMode):
         name = missed(func, args, kwargs)
         if name is not None:
             self.miss(name)
+        if self.accumulators.reduction is not None:
+            return self._reduction(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _reduction(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Sums that are no products, where the policy says how they are formed; anything else as it is."""
+        if func not in REDUCTIONS and func not in NOT_REDUCED:
+            return func(*args, **kwargs)
+        operands = list(tensors(args, kwargs))
+        if operands and func in REDUCTIONS and not any(is_unfit(x) for x in operands):
+            kind, handler = REDUCTIONS[func]
+            return self._handled(kind, handler, operands[0], func, args, kwargs)
+        if operands:
+            self.leave_out(KINDS[REDUCTIONS[func][0]] if func in REDUCTIONS else NOT_REDUCED[func])
+        return func(*args, **kwargs)
+
+    def _handled(
+        self,
+        kind: int,
+        handler: Function,
+        x: Tensor,
+        func: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        roles = self._roles(kind, x)
+        result = handler(roles, func, *args, **kwargs)
+        if roles.left_out:
+            self.leave_out(KINDS[kind])
+        return result
 
     def _product(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind, fewest, handler = HANDLERS[func]
@@ -74,21 +121,32 @@ class Region(TorchFunctionMode):
             if is_unfit(x):
                 self.miss(f"{KINDS[kind]} of {x.dtype} ({x.layout})")
                 return func(*args, **kwargs)
-        return handler(self._roles(kind, operands[0]), func, *args, **kwargs)
+        return self._handled(kind, handler, operands[0], func, args, kwargs)
 
     def _roles(self, kind: int, x: Tensor) -> Roles:
         """The roles of a product, and where to count it: on the device of its operands."""
         states = self._states() if self.has_state and x.device.type != "meta" else None
         if x.device.type == "meta" or not _counting():
-            return Roles(self.formats, states=states, device=x.device, blocks=self.blocks)
+            return self._rounding(None, False, states, x.device)
         if self.calls.device != x.device:
             with torch.inference_mode(False):
                 self._keep(self.calls.to(x.device), self.stats.to(x.device), self.codes.to(x.device))
         again = _recomputing()
         if not again:
             self.calls[kind].add_(1)
-        counters = Counters(self.stats[kind], self.codes)
-        return Roles(self.formats, counters, again=again, states=states, device=x.device, blocks=self.blocks)
+        return self._rounding(Counters(self.stats[kind], self.codes), again, states, x.device)
+
+    def _rounding(self, counters: Counters | None, again: bool, states: States | None, device: torch.device) -> Roles:
+        return Roles(
+            self.formats,
+            counters,
+            again=again,
+            states=states,
+            device=device,
+            blocks=self.blocks,
+            accumulators=self.accumulators,
+            narrow=self.narrow,
+        )
 
     def _states(self) -> States | None:
         """The states of a product's casts; none on fake tensors, which have no values to measure."""
@@ -101,7 +159,10 @@ class Region(TorchFunctionMode):
 
     def note(self, name: str, x: Tensor) -> None:
         """Count a call of an op that reads the formats and rounds by itself, as the report names it."""
-        self._roles(KINDS.index(name), x)
+        roles = self._roles(KINDS.index(name), x)
+        roles.leave_out()
+        if roles.left_out:
+            self.leave_out(name)
 
     def miss(self, name: str) -> None:
         """Refuse or remember something that is not covered."""
@@ -112,6 +173,16 @@ class Region(TorchFunctionMode):
             )
         if name not in self.missed:
             self.missed = (*self.missed, name)
+
+    def leave_out(self, kind: str) -> None:
+        """Refuse or remember a covered op whose sums no accumulator of the policy forms."""
+        if self.strict:
+            raise ValueError(
+                f"the sums of {kind} in module {self.path!r} are not covered by the policy's accumulators: override "
+                "that module with a policy that has none, or wrap without strict=True"
+            )
+        if kind not in self.left_out:
+            self.left_out = (*self.left_out, kind)
 
     def _keep(self, calls: Tensor, stats: Tensor, codes: Tensor) -> None:
         """Hold the counters: calls of each kind of op, statistics of each kind and role, codes of each role."""
@@ -125,6 +196,13 @@ class Region(TorchFunctionMode):
 def _slots(rule: str | None, place: int, device: torch.device) -> Slots | None:
     """The states of a role, if its rule needs any."""
     return None if rule is None or not Rule.parse(rule).has_state else Slots(rule, place, device)
+
+
+def _draws(accumulators: tuple[str | None, ...], device: torch.device) -> Slots | None:
+    """The states of sums that are rounded stochastically, if any are. Each set draws a seed of its own."""
+    if not any(text is not None and Accumulator.parse(text).is_stochastic for text in accumulators):
+        return None
+    return Slots("fp32 | rounding=stochastic", 0, device)
 
 
 def _counting() -> bool:
@@ -167,7 +245,7 @@ def _push(modes: list[Any]) -> None:
 Places = tuple[int, ...]
 """How many states of each role a forward pass has taken."""
 
-START: Places = (0,) * len(ROLES)
+START: Places = (0,) * len(STATEFUL)
 
 
 def _places(region: Region) -> Places:

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lowprec.coverage import KINDS
 from lowprec.entry import entry_of
-from lowprec.policy import ROLES, Formats, and_above
+from lowprec.policy import ROLES, TORCHS_SUMS, Accumulators, Formats, and_above
 from lowprec.region import Region
 
 
@@ -36,7 +36,11 @@ def report(model: nn.Module) -> Report:
     busy = {row.path for row in rows}
     return Report(
         rows=tuple(rows),
-        not_covered=tuple(f"{name} in {path or '(model)'}" for path, _, region in regions for name in region.missed),
+        not_covered=tuple(
+            f"{name} in {path or '(model)'}"
+            for path, _, region in regions
+            for name in (*region.missed, *(f"the sums of {kind}" for kind in region.left_out))
+        ),
         overridden=tuple(path for path in overridden if path.rpartition(".")[0] not in overridden),
         computed=tuple(computed),
         elementwise=tuple(path for path, module, _ in regions if path not in busy and _holds_parameters(module)),
@@ -126,6 +130,8 @@ class Row:
         codes: for each role how often each code came out, of formats up to 8 bits: all ops of the module together.
         emaxes: for each role whose bias is measured, the exponent of the largest value now, for each of its tensors in
             order: all ops of the module together.
+        accumulators: of products and of other sums, as strings; None for torch's own way.
+        left_out: whether a call of the op had sums for which the policy has an accumulator, and torch formed them.
     """
 
     path: str
@@ -135,6 +141,15 @@ class Row:
     counts: dict[str, Count]
     codes: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     emaxes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    accumulators: Accumulators = TORCHS_SUMS
+    left_out: bool = False
+
+    @property
+    def sums(self) -> str:
+        """Whose sums they are: torch's, if the policy has none or did not reach one of them; "-" of none."""
+        if not self.calls:
+            return "-"
+        return "torch's" if self.left_out or not any(self.accumulators) else "policy's"
 
     @property
     def forward(self) -> Count:
@@ -190,7 +205,8 @@ class Report:
     elementwise: tuple[str, ...]
 
     def __str__(self) -> str:
-        tables = [*_table(self.rows, _named_with_calls, _LOSSES), "", *_table(self.rows, _named, _NOISE)]
+        first = _named_with_sums if any(any(row.accumulators) for row in self.rows) else _named_with_calls
+        tables = [*_table(self.rows, first, _LOSSES), "", *_table(self.rows, _named, _NOISE)]
         return "\n".join([*_legend(self.rows), "", *tables, "", *self._remarks()])
 
     def records(self) -> list[dict[str, Any]]:
@@ -287,12 +303,13 @@ def _rows(path: str, module: nn.Module, region: Region) -> Iterator[Row]:
     for kind, calls, roles in zip(KINDS, region.calls.tolist(), region.stats.tolist(), strict=True):
         if calls or kind == own:
             counts = {role: Count(*map(int, row[:4]), *row[4:]) for role, row in zip(ROLES, roles, strict=True)}
-            yield Row(path, kind, region.formats, calls, counts, codes, emaxes)
+            sums = region.accumulators, kind in region.left_out
+            yield Row(path, kind, region.formats, calls, counts, codes, emaxes, *sums)
 
 
 def _emaxes(region: Region) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Roles whose bias is measured, with the exponents that this has come to."""
-    for role, slots in zip(ROLES, region.slots, strict=True):
+    for role, slots in zip(ROLES, region.slots[: len(ROLES)], strict=True):
         if slots is not None and slots.is_measured:
             yield role, slots.emaxes()
 
@@ -311,20 +328,26 @@ def _holds_parameters(module: nn.Module) -> bool:
 # Writing it down.
 
 _SHORT = ("a", "w", "da", "dw")
+_SUMS = ("y", "activation gradient", "weight gradient", "others")
+_Policy = tuple[Formats, Accumulators]
 _Column = tuple[str, Callable[[Row, str], str]]
 """A heading over four columns, one for each role, and what stands there."""
 
 
 def _legend(rows: Sequence[Row]) -> Iterator[str]:
     yield f"Roles: {', '.join(f'{short} = {role}' for short, role in zip(_SHORT, ROLES, strict=True))}"
-    for number, formats in enumerate(_policies(rows), 1):
+    for number, (formats, accumulators) in enumerate(_policies(rows), 1):
         yield f"Formats [{number}]: " + ", ".join(
             f"{short} {format or 'full precision'}" for short, format in zip(_SHORT, formats, strict=True)
         )
+        if any(accumulators):
+            yield f"Sums [{number}]: " + ", ".join(
+                f"{name} {text or 'by torch'}" for name, text in zip(_SUMS, accumulators, strict=True)
+            )
 
 
-def _policies(rows: Sequence[Row]) -> list[Formats]:
-    return list(dict.fromkeys(row.formats for row in rows))
+def _policies(rows: Sequence[Row]) -> list[_Policy]:
+    return list(dict.fromkeys((row.formats, row.accumulators) for row in rows))
 
 
 def _table(rows: Sequence[Row], names: _Names, columns: Sequence[_Column]) -> list[str]:
@@ -348,14 +371,22 @@ def _table(rows: Sequence[Row], names: _Names, columns: Sequence[_Column]) -> li
     return [above.rstrip(), *lines]
 
 
-_Names = tuple[tuple[str, ...], Callable[[Row, list[Formats]], tuple[str, ...]]]
+_Names = tuple[tuple[str, ...], Callable[[Row, list[_Policy]], tuple[str, ...]]]
 """Headings of a table's first columns, and what stands there."""
 
 _named: _Names = (("module", "op"), lambda row, _: (_name(row.path), row.kind))
 _named_with_calls: _Names = (
     ("module", "op", "formats", "calls"),
-    lambda row, policies: (_name(row.path), row.kind, f"[{policies.index(row.formats) + 1}]", str(row.calls)),
+    lambda row, policies: (_name(row.path), row.kind, f"[{_place(row, policies)}]", str(row.calls)),
 )
+_named_with_sums: _Names = (
+    ("module", "op", "formats", "sums", "calls"),
+    lambda row, policies: (_name(row.path), row.kind, f"[{_place(row, policies)}]", row.sums, str(row.calls)),
+)
+
+
+def _place(row: Row, policies: list[_Policy]) -> int:
+    return policies.index((row.formats, row.accumulators)) + 1
 
 
 def _percent(value: float, count: Count) -> str:

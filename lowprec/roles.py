@@ -12,9 +12,10 @@ from lowprec import _ops
 from lowprec.bias import draws_of, how_of, is_block, next_use
 from lowprec.cast import QuickApply
 from lowprec.eager_statistics import FIELDS
-from lowprec.policy import ROLES, Formats
+from lowprec.policy import ROLES, TORCHS_SUMS, Accumulators, Formats
 from lowprec.slots import Slots
 from lowprec.straight_through import ForwardMode
+from lowprec.sums import TORCHS_OWN, Reducing, Sums
 
 STATS = (len(ROLES), len(FIELDS))
 """Shape of one op's statistics: a row for each role, as `quantize_statistics` fills it."""
@@ -45,8 +46,11 @@ class Role(NamedTuple):
 AS_IT_IS = Role()
 """The role of a tensor that is not rounded."""
 
+STATEFUL = (*ROLES, "accumulator", "reduction")
+"""What may have a state: the cast of each role, and sums that are rounded stochastically, of products and others."""
+
 States = tuple[Slots | None, ...]
-"""Where the casts of each role have their states; None where a rule needs none."""
+"""Where each of those has its states; None where it needs none."""
 
 
 class Roles:
@@ -59,6 +63,8 @@ class Roles:
         states: of the casts; None where no rule needs any, or there is nothing to measure.
         device: of the operands.
         blocks: whether any role takes a block format.
+        accumulators: how sums are formed.
+        narrow: the dtypes that hold the operands of a product exactly, forwards and backwards, for tensor cores.
     """
 
     def __init__(
@@ -70,6 +76,8 @@ class Roles:
         states: States | None = None,
         device: torch.device | None = None,
         blocks: bool = False,
+        accumulators: Accumulators = TORCHS_SUMS,
+        narrow: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
     ) -> None:
         self.formats = formats
         self.backward_counters = counters
@@ -77,6 +85,35 @@ class Roles:
         self.states = states
         self.device = device
         self.blocks = blocks
+        self.accumulators = accumulators
+        self.narrow = narrow
+        self.by_contraction = blocks or accumulators.of_products
+        self.left_out = False
+
+    def sums(self, left_is_learnt: bool, right_is_learnt: bool) -> Sums:
+        """How a product sums up; its gradients by whether they are of a weight."""
+        if not self.accumulators.of_products:
+            return TORCHS_OWN
+        forward, input_grad, weight_grad, _ = self.accumulators
+        left, right = (weight_grad if learnt else input_grad for learnt in (left_is_learnt, right_is_learnt))
+        return Sums(forward, left, right, *self.narrow, self._state(STATEFUL.index("accumulator")))
+
+    def leave_out(self, gradient_of_weight_alone: bool = False) -> None:
+        """Note that torch sums up what an accumulator was to; for a lookup, the gradient alone has sums."""
+        forward, input_grad, weight_grad, _ = self.accumulators
+        others = forward is not None or input_grad is not None
+        if weight_grad is not None or (others and not gradient_of_weight_alone):
+            self.left_out = True
+
+    def reducing(self) -> Reducing | None:
+        """How the next op that is no product sums up; None for torch's own way."""
+        accumulator = self.accumulators.reduction
+        return None if accumulator is None else Reducing(accumulator, self._state(STATEFUL.index("reduction")))
+
+    def spread(self, bias: Tensor, y: Tensor) -> Tensor:
+        """A bias in the shape of a product, if its gradient is not summed torch's own way."""
+        how = self.reducing()
+        return bias if how is None else how.begin(y).spread(bias, y)
 
     def in_blocks(self, name: str) -> bool:
         """Whether a role takes a block format."""
@@ -109,7 +146,7 @@ class Roles:
 
     def result(self, y: Tensor, bias: Tensor | None = None, role: Role | None = None) -> Tensor:
         """Finish a product: add the bias in the product's dtype, then round the gradient, which both then see."""
-        return self.gradient(y if bias is None else y + self.learnt(bias).to(y.dtype), role)
+        return self.gradient(y if bias is None else y + self.spread(self.learnt(bias).to(y.dtype), y), role)
 
     def forward(self, name: str) -> Role:
         """The role of the next tensor that is rounded in the forward pass."""
@@ -123,11 +160,14 @@ class Roles:
         rule = self.formats[index]
         if rule is None:
             return AS_IT_IS
-        slots = None if self.states is None else self.states[index]
-        state = None if slots is None or self.device is None else slots.take(self.device)
+        state = self._state(index)
         if counters is None:
             return Role(rule, None, None, state)
         return Role(rule, counters.stats[index], counters.codes[index], state)
+
+    def _state(self, index: int) -> Tensor | None:
+        slots = None if self.states is None else self.states[index]
+        return None if slots is None or self.device is None else slots.take(self.device)
 
     def _round(self, x: Tensor, forward: Role, backward: Role) -> Tensor:
         return round_both(x, forward, backward) if x.is_floating_point() else x

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lowprec.entry import entry_of
-from lowprec.policy import ROLES
+from lowprec.roles import STATEFUL
 from lowprec.slots import Slots
 
 _KEY = "lowprec."
@@ -30,11 +30,11 @@ def detach(module: nn.Module) -> None:
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, Slots]]:
-    """The states of every module and role that has any, by key."""
+    """The states of every module's casts and sums, where there are any, by key."""
     for path, module in model.named_modules():
         entry = entry_of(module)
         if entry is not None and entry.region is not None:
-            for role, slots in zip(ROLES, entry.region.slots, strict=True):
+            for role, slots in zip(STATEFUL, entry.region.slots, strict=True):
                 if slots is not None:
                     yield f"{_KEY}{path}.{role}" if path else f"{_KEY}{role}", slots
 

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lowprec import recompute, states
 from lowprec.entry import Entry, entry_of
-from lowprec.policy import Formats, Policy, and_above, as_policy, matches
+from lowprec.policy import Accumulators, Formats, Policy, and_above, as_policy, matches
 from lowprec.region import Region
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -73,15 +73,15 @@ def _plan(model: nn.Module, policy: Policy, strict: bool) -> Iterator[tuple[nn.M
     regions: dict[str, Region] = {}
     computed = {path for path, module in model.named_modules() if isinstance(module, ParametrizationList)}
     for module, (path, *others) in _paths(model, policy).items():
-        formats = _in_force(policy, path)
-        if any(_in_force(policy, other) != formats for other in others):
+        rules = _in_force(policy, path)
+        if any(_in_force(policy, other) != rules for other in others):
             raise ValueError(f"overrides split a module that is both {path!r} and {others[0]!r}")
-        if isinstance(module, nn.MultiheadAttention) and _in_force(policy, f"{path}.out_proj") != formats:
+        if isinstance(module, nn.MultiheadAttention) and _in_force(policy, f"{path}.out_proj") != rules:
             raise ValueError(f"overrides split {path!r}: a MultiheadAttention computes with its out_proj as one")
         if isinstance(module, torch.jit.ScriptModule):
             _note_script(path, regions)
-        elif _has_forward(module) and formats is not None and computed.isdisjoint(and_above(path)):
-            regions[path] = Region(path, formats, strict, _device(module, model), len(regions))
+        elif _has_forward(module) and rules is not None and computed.isdisjoint(and_above(path)):
+            regions[path] = Region(path, *rules, strict, _device(module, model), len(regions))
             yield module, regions[path]
         elif _has_forward(module) and any(_in_force(policy, above) for above in and_above(path)):
             yield module, None
@@ -100,10 +100,10 @@ def _paths(model: nn.Module, policy: Policy) -> dict[nn.Module, list[str]]:
     return paths
 
 
-def _in_force(policy: Policy, path: str) -> Formats | None:
-    """The formats that hold at a path; None for full precision."""
+def _in_force(policy: Policy, path: str) -> tuple[Formats, Accumulators] | None:
+    """The formats and accumulators that hold at a path; None for full precision."""
     here = policy.for_module(path)
-    return None if here is None or here.is_empty else here.formats
+    return None if here is None or here.is_empty else (here.formats, here.accumulators)
 
 
 def _has_forward(module: nn.Module) -> bool:

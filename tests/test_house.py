@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # lowprec/__init__.py. A new module takes its place here.
 LAYERS = (
     {"formats", "rounding", "straight_through"},
-    {"accumulator", "reference", "eager", "packing"},
+    {"accumulator", "reference", "eager", "packing", "windows"},
     {"eager_accumulate", "eager_fused", "eager_statistics", "reference_accumulate", "reference_block"},
     {"adapt", "eager_block"},
     {"_ops", "testing"},
@@ -31,10 +31,12 @@ LAYERS = (
     {"accumulate", "fused"},
     {"bias", "measure"},
     {"optim", "policy", "slots"},
+    {"sums"},
     {"roles"},
     {"blocked"},
     {"contractions"},
     {"products"},
+    {"reductions"},
     {"attention", "recurrent"},
     {"coverage"},
     {"region"},
