@@ -134,7 +134,7 @@ def matmul(a: Pair, b: Pair, gradients: tuple[Role, Role], sums: Sums, alpha: fl
     first, second = gradients
     if a.forward is b.forward:  # torch's compiler refuses to see one tensor twice
         b = b._replace(forward=b.forward.view(b.forward.shape))
-    y: Tensor = Matmul.apply(*a, *b, *first[:4], *second[:4], float(alpha), *sums[:5], *draw)  # type: ignore[no-untyped-call]
+    y: Tensor = Matmul.apply(*a, *b, *first[:4], *second[:4], float(alpha), *sums[:6], *draw)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -159,19 +159,21 @@ class Matmul(torch.autograd.Function):
         forward: str | None,
         left: str | None,
         right: str | None,
-        narrow: torch.dtype | None,
-        narrow_back: torch.dtype | None,
+        left_rule: str | None,
+        right_rule: str | None,
+        gradient_rule: str | None,
         seed: Tensor | None,
         offset: Tensor | None,
     ) -> Tensor:
-        return _scaled(product(a, b, forward, narrow, seed, offset), alpha)
+        sums = Sums(forward, left, right, left_rule, right_rule, gradient_rule)
+        return _scaled(product(a, b, sums, seed, offset), alpha)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         a, a_again, b, b_again = inputs[:4]
         ctx.save_for_backward(a if a_again is None else a_again, b if b_again is None else b_again)
         ctx.first, ctx.second, ctx.alpha = inputs[4:8], inputs[8:12], inputs[12]
-        ctx.sums, ctx.seed, ctx.offset = inputs[13:18], *inputs[18:]
+        ctx.sums, ctx.seed, ctx.offset = inputs[13:19], *inputs[19:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,7 +186,7 @@ class Matmul(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dy = round_both(grads[0], Role(*ctx.second)._replace(dim=-2), AS_IT_IS)
             db = _scaled(again(a.mT, dy, sums.of_right(), ctx.seed, _after(ctx.offset, 2)), ctx.alpha)
-        return da, None, db, *[None] * 17
+        return da, None, db, *[None] * 18
 
 
 def again(a: Tensor, b: Tensor, sums: Sums, seed: Tensor | None, offset: Tensor | None) -> Tensor:
@@ -192,8 +194,8 @@ def again(a: Tensor, b: Tensor, sums: Sums, seed: Tensor | None, offset: Tensor 
     if not sums.has_any:
         return torch.matmul(a, b)
     if not torch.is_grad_enabled():
-        return product(a, b, sums.forward, sums.narrow, seed, offset)
-    y: Tensor = Matmul.apply(a, None, b, None, *[None] * 8, 1.0, *sums[:5], seed, offset)  # type: ignore[no-untyped-call]
+        return product(a, b, sums, seed, offset)
+    y: Tensor = Matmul.apply(a, None, b, None, *[None] * 8, 1.0, *sums[:6], seed, offset)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -212,7 +214,7 @@ def convolve(roles: Roles, x: Factor, weight: Factor, how: Geometry) -> Tensor:
     weights = pair(roles, weight, *summed)
     first, second = gradient_roles(roles)
     sums = roles.sums(x.is_weight, weight.is_weight)
-    rest = (*how, *sums[:5], *sums.draw(x.x))
+    rest = (*how, *sums[:6], *sums.draw(x.x))
     y: Tensor = Convolution.apply(*inputs, *weights, *first[:4], *second[:4], *rest)  # type: ignore[no-untyped-call]
     return y
 
@@ -243,22 +245,24 @@ class Convolution(torch.autograd.Function):
         forward: str | None,
         left: str | None,
         right: str | None,
-        narrow: torch.dtype | None,
-        narrow_back: torch.dtype | None,
+        left_rule: str | None,
+        right_rule: str | None,
+        gradient_rule: str | None,
         seed: Tensor | None,
         offset: Tensor | None,
     ) -> Tensor:
         how = Geometry(stride, padding, dilation, transposed, output_padding, groups)
         if forward is None:
             return torch.convolution(x, weight, None, *how)
-        return windows.result(x, weight, how, _by(Sums(forward, left, right, narrow, narrow_back), seed, offset))
+        sums = Sums(forward, left, right, left_rule, right_rule, gradient_rule)
+        return windows.result(x, weight, how, _by(sums.turned(), seed, offset))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         a, a_again, b, b_again = inputs[:4]
         ctx.save_for_backward(a if a_again is None else a_again, b if b_again is None else b_again)
         ctx.first, ctx.second, ctx.how = inputs[4:8], inputs[8:12], inputs[12:18]
-        ctx.sums, ctx.seed, ctx.offset = inputs[18:23], *inputs[23:]
+        ctx.sums, ctx.seed, ctx.offset = inputs[18:24], *inputs[24:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -270,20 +274,21 @@ class Convolution(torch.autograd.Function):
             if sums.left is None:
                 dx = _ops.convolution_back(dy, x, weight, None, *how, [True, False, False])[0]
             else:
-                multiply = _by(sums.of_left(), ctx.seed, _after(ctx.offset, 1))
+                multiply = _by(sums.of_left().turned(), ctx.seed, _after(ctx.offset, 1))
                 dx = windows.input_gradient(dy, x.shape[2:], weight, how, multiply)
         if ctx.needs_input_grad[2]:
             dy = _along(grads[0], Role(*ctx.second), 0, 1)
             if sums.right is None:
                 dweight = _ops.convolution_back(dy, x, weight, None, *how, [False, True, False])[1]
             else:
-                multiply = _by(sums.of_right(), ctx.seed, _after(ctx.offset, 2))
+                turned = sums.of_right() if how.transposed else sums.of_right().turned()
+                multiply = _by(turned, ctx.seed, _after(ctx.offset, 2))
                 dweight = windows.weight_gradient(dy, x, weight.shape, how, multiply)
-        return dx, None, dweight, *[None] * 22
+        return dx, None, dweight, *[None] * 23
 
 
 def _by(sums: Sums, seed: Tensor | None, offset: Tensor | None) -> Multiply:
-    """The product of a convolution's matrices."""
+    """The product of a convolution's matrices, a weight's or the smaller image's to the left."""
     return lambda a, b: again(a, b, sums, seed, offset)
 
 

@@ -18,7 +18,6 @@ from lowprec.policy import ROLES, Accumulators, Formats
 from lowprec.products import tensors
 from lowprec.roles import CODES, STATEFUL, STATS, Counters, Roles, States
 from lowprec.slots import Slots
-from lowprec.sums import narrow_dtypes
 
 Function = Callable[..., Any]
 
@@ -60,7 +59,6 @@ class Region(TorchFunctionMode):
             _draws(accumulators[:3], device),
             _draws(accumulators[3:], device),
         )
-        self.narrow = narrow_dtypes(formats) if accumulators.of_products else (None, None)
         self.blocks = any(rule is not None and is_block(rule) for rule in formats)
         self.has_state = any(slots is not None for slots in self.slots)
         with torch.inference_mode(False):
@@ -145,7 +143,6 @@ class Region(TorchFunctionMode):
             device=device,
             blocks=self.blocks,
             accumulators=self.accumulators,
-            narrow=self.narrow,
         )
 
     def _states(self) -> States | None:

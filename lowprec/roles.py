@@ -64,7 +64,6 @@ class Roles:
         device: of the operands.
         blocks: whether any role takes a block format.
         accumulators: how sums are formed.
-        narrow: the dtypes that hold the operands of a product exactly, forwards and backwards, for tensor cores.
     """
 
     def __init__(
@@ -77,7 +76,6 @@ class Roles:
         device: torch.device | None = None,
         blocks: bool = False,
         accumulators: Accumulators = TORCHS_SUMS,
-        narrow: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
     ) -> None:
         self.formats = formats
         self.backward_counters = counters
@@ -86,7 +84,6 @@ class Roles:
         self.device = device
         self.blocks = blocks
         self.accumulators = accumulators
-        self.narrow = narrow
         self.by_contraction = blocks or accumulators.of_products
         self.left_out = False
 
@@ -96,7 +93,10 @@ class Roles:
             return TORCHS_OWN
         forward, input_grad, weight_grad, _ = self.accumulators
         left, right = (weight_grad if learnt else input_grad for learnt in (left_is_learnt, right_is_learnt))
-        return Sums(forward, left, right, *self.narrow, self._state(STATEFUL.index("accumulator")))
+        activation, weight, gradient, _ = self.formats
+        of_left, of_right = (weight if learnt else activation for learnt in (left_is_learnt, right_is_learnt))
+        state = self._state(STATEFUL.index("accumulator"))
+        return Sums(forward, left, right, of_left, of_right, gradient, state)
 
     def leave_out(self, gradient_of_weight_alone: bool = False) -> None:
         """Note that torch sums up what an accumulator was to; for a lookup, the gradient alone has sums."""

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from lowprec import _ops, recompute
-from lowprec.accumulator import Accumulator
+from lowprec.accumulate import _tree, accumulator_fields
+from lowprec.accumulator import LEAVES, Accumulator
 from lowprec.bias import Rule
-from lowprec.cast import fields_of
-from lowprec.formats import BlockFormat
-from lowprec.policy import Formats
+from lowprec.formats import BlockFormat, float_format
 from lowprec.windows import count
 
 STRIDE = 8
@@ -26,16 +25,16 @@ STRIDE = 8
 class Sums(NamedTuple):
     """How a product a · b sums up its terms: for the result, and for the gradients of a and of b.
 
-    Accumulators are strings, None where torch does it. `narrow` is a dtype that holds both operands exactly, and
-    `narrow_back` one that holds them and the gradient, where tensor cores ask for one. `state` is of stochastic
-    rounding.
+    Accumulators are strings, None where torch does it. Then come the rules by which a, b and the gradient were rounded,
+    for tensor cores, and the state of stochastic rounding.
     """
 
     forward: str | None = None
     left: str | None = None
     right: str | None = None
-    narrow: torch.dtype | None = None
-    narrow_back: torch.dtype | None = None
+    left_rule: str | None = None
+    right_rule: str | None = None
+    gradient_rule: str | None = None
     state: Tensor | None = None
 
     @property
@@ -45,11 +44,15 @@ class Sums(NamedTuple):
 
     def of_left(self) -> Sums:
         """Those of da = dy · bᵀ, itself a product."""
-        return Sums(self.left, self.forward, self.right, self.narrow_back, self.narrow_back)
+        return Sums(self.left, self.forward, self.right, self.gradient_rule, self.right_rule)
 
     def of_right(self) -> Sums:
         """Those of db = aᵀ · dy."""
-        return Sums(self.right, self.left, self.forward, self.narrow_back, self.narrow_back)
+        return Sums(self.right, self.left, self.forward, self.left_rule, self.gradient_rule)
+
+    def turned(self) -> Sums:
+        """Those of bᵀ · aᵀ."""
+        return Sums(self.forward, self.right, self.left, self.right_rule, self.left_rule, self.gradient_rule)
 
     def draw(self, like: Tensor) -> Draw:
         """The random words of the next product."""
@@ -71,21 +74,18 @@ def draw(like: Tensor, state: Tensor | None) -> Draw:
     return seed, calls * STRIDE
 
 
-def product(
-    a: Tensor,
-    b: Tensor,
-    accumulator: str | None,
-    narrow: torch.dtype | None,
-    seed: Tensor | None,
-    offset: Tensor | None,
-) -> Tensor:
+def product(a: Tensor, b: Tensor, sums: Sums, seed: Tensor | None, offset: Tensor | None) -> Tensor:
     """The product of [..., M, K] and [..., K, N], of one batch shape, in their dtype. Not differentiable."""
-    if accumulator is None:
+    if sums.forward is None:
         return torch.matmul(a, b)
     if a.dtype != b.dtype:
         raise ValueError(f"both operands of a product must have one dtype, got {a.dtype} and {b.dtype}")
+    fields = accumulator_fields(sums.forward, torch.float64 if a.dtype == torch.float64 else torch.float32)
     left, right = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
-    y: Tensor = _ops.matmul(left, right, accumulator_fields(accumulator, a.dtype), seed, offset)
+    if fields[0] > LEAVES.index("exact"):
+        dtypes = _operands(sums.forward, sums.left_rule, sums.right_rule, a.dtype).split()
+        left, right = (x.to(getattr(torch, name)) for x, name in zip((left, right), dtypes, strict=True))
+    y = _tree(left, right, fields, seed, offset)
     return y.reshape(*a.shape[:-1], b.shape[-1]).to(a.dtype)
 
 
@@ -98,7 +98,8 @@ class Total(torch.autograd.Function):
         rows = count([x.shape[d] for d in kept])
         length = count([x.shape[d] for d in dims])
         matrix = x.permute(kept + dims).reshape(rows, length)
-        totals: Tensor = _ops.accumulate(matrix, accumulator_fields(accumulator, x.dtype), seed, offset)
+        carrier = torch.float64 if x.dtype == torch.float64 else torch.float32
+        totals: Tensor = _ops.accumulate(matrix, accumulator_fields(accumulator, carrier), seed, offset)
         return totals.reshape([1 if d in dims else size for d, size in enumerate(x.shape)])
 
     @staticmethod
@@ -166,62 +167,52 @@ class Reduction:
         return None if self.offset is None else self.offset + (self.taken - 1)
 
 
-# What tensor cores take.
+# What tensor cores take: operands in a narrow dtype, into which those of a product are cast, exactly.
 
-
-def narrow_dtypes(formats: Formats) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """The dtypes of 16 bits that hold the operands of a policy's products exactly, forwards and backwards.
-
-    A measured bias, or a block's scale, is taken to stay above the smallest normal of bfloat16.
-    """
-    operands = formats[:2]
-    return _narrow(operands), _narrow((*operands, formats.activation_grad))
-
-
-def _narrow(rules: tuple[str | None, ...]) -> torch.dtype | None:
-    return next((dtype for dtype in _NARROW if all(_fits(rule, dtype) for rule in rules)), None)
-
-
-_NARROW = (torch.bfloat16, torch.float16)
-
-
-def _fits(text: str | None, dtype: torch.dtype) -> bool:
-    if text is None:
-        return False
-    rule = Rule.parse(text)
-    fmt = rule.fmt
-    if isinstance(fmt, BlockFormat):
-        return dtype == torch.bfloat16 and fmt.scale == "e8m0" and not fmt.tensor_scale and fmt.element.mbits < 8
-    if rule.is_measured:
-        return dtype == torch.bfloat16 and fmt.mbits < 8
-    try:
-        fields_of(fmt, dtype)
-    except ValueError:
-        return False
-    return True
-
-
-# Reading an accumulator. As a format, it travels through traced code as a string.
-
-
-def accumulator_fields(text: str, dtype: torch.dtype) -> list[int]:
-    """The integers of an accumulator for operands of a dtype, whose sums the carrier must hold.
-
-    Raises:
-        ValueError: where it does not: float32, or float64 for float64.
-    """
-    return [int(field) for field in _describe(text, dtype).split()]
+_DTYPES = {
+    "tensor_core": ("bfloat16", "float16"),
+    "hopper_fp16": ("bfloat16", "float16"),
+    "hopper_fp8": ("float8_e4m3fn", "float8_e5m2"),
+}
 
 
 @_ops.constant
-def _describe(text: str, dtype: torch.dtype) -> str:
-    return _described(text, dtype)
+def _operands(accumulator: str, left: str | None, right: str | None, dtype: torch.dtype) -> str:
+    """The names of the dtypes of both operands, of their rules and the dtype that they have.
+
+    Raises:
+        ValueError: where none holds them.
+    """
+    return _narrowest(accumulator, left, right, str(dtype).removeprefix("torch."))
 
 
 @lru_cache(maxsize=1024)
-def _described(text: str, dtype: torch.dtype) -> str:
-    accumulator = Accumulator.parse(text)
-    carrier = torch.float64 if dtype == torch.float64 else torch.float32
-    for fmt in [level.fmt for level in accumulator.levels] + ([accumulator.product] if accumulator.product else []):
-        fields_of(fmt, carrier)
-    return " ".join(map(str, accumulator.fields))
+def _narrowest(accumulator: str, left: str | None, right: str | None, own: str) -> str:
+    leaf = Accumulator.parse(accumulator).leaf
+    names = _DTYPES[leaf]
+    fits = [[name for name in names if name == own or _fits(rule, name)] for rule in (left, right)]
+    if leaf != "hopper_fp8":  # whose operands alone may differ in dtype
+        fits = [[name for name in fits[0] if name in fits[1]]] * 2
+    if not all(fits):
+        raise ValueError(
+            f"accumulator {accumulator!r} multiplies {' or '.join(names)}: operands of a product are {own}, rounded "
+            f"to {left or 'nothing less'} and {right or 'nothing less'}, which do not fit"
+        )
+    return " ".join(own if own in each else each[0] for each in fits)
+
+
+def _fits(text: str | None, name: str) -> bool:
+    """Whether a dtype holds what a rule gives; measured biases and blocks' scales are taken not to reach below it."""
+    if text is None:
+        return False
+    rule, wide = Rule.parse(text), float_format(_NAMES[name])
+    fmt = rule.fmt
+    if isinstance(fmt, BlockFormat):
+        return name == "bfloat16" and fmt.scale == "e8m0" and not fmt.tensor_scale and fmt.element.mbits < 8
+    if rule.is_measured:
+        return name == "bfloat16" and fmt.mbits < 8
+    finer = 1 - fmt.bias - fmt.mbits >= 1 - wide.bias - wide.mbits  # the least spacing of values
+    return fmt.mbits <= wide.mbits and fmt.max <= wide.max and finer and wide.has_inf >= fmt.has_inf
+
+
+_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "e4m3fn", "float8_e5m2": "e5m2"}
