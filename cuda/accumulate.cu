@@ -6,6 +6,7 @@
 
 #include "lowprec/accumulate_kernel.h"
 #include "lowprec/accumulate_ops.h"
+#include "lowprec/accumulate_tiles.h"
 #include "lowprec/launch.h"
 
 namespace lowprec {
@@ -55,9 +56,18 @@ struct Cuda {
   static void run(const AccumulatorSpec& spec, const Operands& of, const Tensor& x, const Tensor& out,
                   const Source& source) {
     const SumDraws draws{device_word(x, source.seed), device_word(x, source.offset)};
+    auto* results = static_cast<typename C::Bits*>(out.mutable_data_ptr());
     const DeviceGuard guard(x.get_device_index());
-    sum_kernel<C><<<grid_size(of.outputs()), kSumThreads, 0, current_stream(x)>>>(
-        SumPlan<C>(spec, of.terms, 0, 0), of, draws, static_cast<typename C::Bits*>(out.mutable_data_ptr()));
+    if constexpr (std::is_same_v<C, Float32>) {
+      TilePlan tiles(spec, of, draws);
+      if (tiles.usable()) {
+        const Tensor memory = empty(x, {tiles.workspace()}, ScalarType::Byte);
+        tiles.launch(memory.mutable_data_ptr(), static_cast<float*>(out.mutable_data_ptr()), current_stream(x));
+        return check_cuda(cudaGetLastError());
+      }
+    }
+    sum_kernel<C><<<grid_size(of.outputs()), kSumThreads, 0, current_stream(x)>>>(SumPlan<C>(spec, of.terms, 0, 0), of,
+                                                                                  draws, results);
     check_cuda(cudaGetLastError());
   }
 };
