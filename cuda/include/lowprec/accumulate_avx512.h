@@ -47,6 +47,39 @@ struct Floats {
   static constexpr int lanes = 16;
 
   static Vector load(const float* x) { return _mm512_load_ps(x); }
+  /// Sixteen elements of a tensor, exact.
+  template <class C>
+  static Vector read(const typename C::Bits* x) {
+    if constexpr (std::is_same_v<C, Float32>) return _mm512_loadu_ps(x);
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    if constexpr (std::is_same_v<C, Float16>) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  /// Rows become columns.
+  static void transpose(Vector (&x)[lanes]) {
+    Vector pairs[lanes], fours[lanes];
+    for (int i = 0; i < lanes; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < lanes; i += 4) {
+      for (int j = 0; j < 2; ++j) {
+        const __m512d a = _mm512_castps_pd(pairs[i + j]), b = _mm512_castps_pd(pairs[i + j + 2]);
+        fours[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        fours[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      const Vector even = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0x88);
+      const Vector odd = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0xDD);
+      const Vector more_even = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0x88);
+      const Vector more_odd = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0xDD);
+      x[i] = _mm512_shuffle_f32x4(even, more_even, 0x88);
+      x[4 + i] = _mm512_shuffle_f32x4(odd, more_odd, 0x88);
+      x[8 + i] = _mm512_shuffle_f32x4(even, more_even, 0xDD);
+      x[12 + i] = _mm512_shuffle_f32x4(odd, more_odd, 0xDD);
+    }
+  }
   static void store(float* x, Vector value) { _mm512_store_ps(x, value); }
   static Vector splat(float x) { return _mm512_set1_ps(x); }
   template <int kDirection>
@@ -92,6 +125,34 @@ struct Doubles {
   static constexpr int lanes = 8;
 
   static Vector load(const double* x) { return _mm512_load_pd(x); }
+  /// Eight elements of a tensor, exact.
+  template <class C>
+  static Vector read(const typename C::Bits* x) {
+    if constexpr (std::is_same_v<C, Float64>) return _mm512_loadu_pd(x);
+    if constexpr (std::is_same_v<C, Float32>)
+      return _mm512_cvtps_pd(_mm256_loadu_ps(reinterpret_cast<const float*>(x)));
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+    if constexpr (std::is_same_v<C, Float16>) return _mm512_cvtps_pd(_mm256_cvtph_ps(half));
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)));
+  }
+  /// Rows become columns.
+  static void transpose(Vector (&x)[lanes]) {
+    Vector pairs[lanes];
+    for (int i = 0; i < lanes; i += 2) {
+      pairs[i] = _mm512_unpacklo_pd(x[i], x[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_pd(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const Vector even = _mm512_shuffle_f64x2(pairs[i], pairs[2 + i], 0x88);
+      const Vector odd = _mm512_shuffle_f64x2(pairs[i], pairs[2 + i], 0xDD);
+      const Vector more_even = _mm512_shuffle_f64x2(pairs[4 + i], pairs[6 + i], 0x88);
+      const Vector more_odd = _mm512_shuffle_f64x2(pairs[4 + i], pairs[6 + i], 0xDD);
+      x[i] = _mm512_shuffle_f64x2(even, more_even, 0x88);
+      x[2 + i] = _mm512_shuffle_f64x2(odd, more_odd, 0x88);
+      x[4 + i] = _mm512_shuffle_f64x2(even, more_even, 0xDD);
+      x[6 + i] = _mm512_shuffle_f64x2(odd, more_odd, 0xDD);
+    }
+  }
   static void store(double* x, Vector value) { _mm512_store_pd(x, value); }
   static Vector splat(double x) { return _mm512_set1_pd(x); }
   template <int kDirection>

@@ -83,28 +83,59 @@ LOWPREC_INLINE Scalar number_of(typename C::Bits bits) {
   }
 }
 
+/// Terms of lines, one at a time, as [terms][kWidth].
+template <class C, int kWidth, class Scalar>
+void pack_each(const Lines<C>& from, int64_t lines, int64_t terms, Scalar* to) {
+  for (int64_t i = 0; i < lines; ++i) {
+    for (int64_t k = 0; k < terms; ++k) {
+      to[k * kWidth + i] = number_of<C, Scalar>(from.data[i * from.stride + k * from.step]);
+    }
+  }
+}
+
+/// One term of lines that lie side by side.
+template <class C, class V>
+void pack_row(const typename C::Bits* from, int64_t lines, typename V::Scalar* to) {
+  int64_t i = 0;
+  for (; i + V::lanes <= lines; i += V::lanes) V::store(to + i, V::template read<C>(from + i));
+  for (; i < lines; ++i) to[i] = number_of<C, typename V::Scalar>(from[i]);
+}
+
+/// As many terms of as many lines as a vector has lanes, where a line's terms lie side by side.
+template <class C, class V, int kWidth>
+void pack_square(const Lines<C>& from, typename V::Scalar* to) {
+  typename V::Vector square[V::lanes];
+  for (int i = 0; i < V::lanes; ++i) square[i] = V::template read<C>(from.data + i * from.stride);
+  V::transpose(square);
+  for (int i = 0; i < V::lanes; ++i) V::store(to + i * kWidth, square[i]);
+}
+
 /// Terms [first, first + terms) of lines [begin, begin + kWidth), as [terms][kWidth]; missing lines are zero.
-template <class C, class Scalar, int kWidth>
-void pack(const Lines<C>& from, int64_t begin, int64_t lines, int64_t first, int64_t terms, Scalar* to) {
-  constexpr int64_t group = 64;  // terms whose cache lines stay at hand
+template <class C, class V, int kWidth>
+void pack(const Lines<C>& from, int64_t begin, int64_t lines, int64_t first, int64_t terms, typename V::Scalar* to) {
   const auto* data = from.data + begin * from.stride + first * from.step;
   const int64_t width = std::min<int64_t>(lines - begin, kWidth);
-  if (width < kWidth) std::fill(to, to + terms * kWidth, Scalar(0));
+  if (width < kWidth) std::fill(to, to + terms * kWidth, typename V::Scalar(0));
   if (from.stride == 0) {
-    for (int64_t k = 0; k < terms; ++k) std::fill_n(to + k * kWidth, width, number_of<C, Scalar>(data[k * from.step]));
-    return;
-  }
-  if (from.stride == 1) {
     for (int64_t k = 0; k < terms; ++k) {
-      for (int64_t i = 0; i < width; ++i) to[k * kWidth + i] = number_of<C, Scalar>(data[k * from.step + i]);
+      std::fill_n(to + k * kWidth, width, number_of<C, typename V::Scalar>(data[k * from.step]));
     }
     return;
   }
-  for (int64_t part = 0; part < terms; part += group) {
-    const int64_t end = std::min(part + group, terms);
-    for (int64_t i = 0; i < width; ++i) {
-      const auto* line = data + i * from.stride;
-      for (int64_t k = part; k < end; ++k) to[k * kWidth + i] = number_of<C, Scalar>(line[k * from.step]);
+  if (from.stride == 1) {
+    for (int64_t k = 0; k < terms; ++k) pack_row<C, V>(data + k * from.step, width, to + k * kWidth);
+    return;
+  }
+  for (int64_t i = 0; i < width; i += V::lanes) {
+    const int64_t some = std::min<int64_t>(V::lanes, width - i);
+    for (int64_t k = 0; k < terms; k += V::lanes) {
+      const int64_t few = std::min<int64_t>(V::lanes, terms - k);
+      const Lines<C> part{data + i * from.stride + k * from.step, from.stride, from.step};
+      if (from.step == 1 && some == V::lanes && few == V::lanes) {
+        pack_square<C, V, kWidth>(part, to + k * kWidth + i);
+      } else {
+        pack_each<C, kWidth>(part, some, few, to + k * kWidth + i);
+      }
     }
   }
 }
@@ -243,8 +274,8 @@ class Block {
       const int64_t count = std::min(kChunk, x.terms - first);
       for (int64_t i = 0; i < tiles_down; ++i) pack_left(x, row + i * kRows, column, first, count, left(i));
       for (int64_t j = 0; j < tiles_across; ++j) {
-        pack<C, Scalar, AnyTile::width>(x.right, column + j * AnyTile::width, x.columns, first, count,
-                                        right_.data() + j * AnyTile::width * kChunk);
+        pack<C, V, AnyTile::width>(x.right, column + j * AnyTile::width, x.columns, first, count,
+                                   right_.data() + j * AnyTile::width * kChunk);
       }
       Progress next;
       for_tiles(tiles_down, tiles_across, [&](int64_t i, int64_t j) {
@@ -271,9 +302,9 @@ class Block {
 
   static void pack_left(const Product<C>& x, int64_t row, int64_t column, int64_t first, int64_t count, Scalar* to) {
     if constexpr (kRows == 1) {
-      pack<C, Scalar, AnyTile::width>(x.left_of_row(row), column, x.columns, first, count, to);
+      pack<C, V, AnyTile::width>(x.left_of_row(row), column, x.columns, first, count, to);
     } else {
-      pack<C, Scalar, kRows>(x.left, row, x.rows, first, count, to);
+      pack<C, V, kRows>(x.left, row, x.rows, first, count, to);
     }
   }
 
