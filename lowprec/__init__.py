@@ -4,7 +4,7 @@ How few bits does a model need, and where? Custom float formats with the same bi
 for any model. This page is the public API.
 """
 
-from lowprec import fused, optim
+from lowprec import distributed, fused, optim
 from lowprec.accumulate import dot, matmul, sum
 from lowprec.accumulator import Accumulator, Level
 from lowprec.bias import Cast
@@ -31,6 +31,7 @@ __all__ = [
     "Rounding",
     "Statistics",
     "decode",
+    "distributed",
     "dot",
     "encode",
     "format",

@@ -30,7 +30,7 @@ LAYERS = (
     {"cast", "recompute"},
     {"accumulate", "fused"},
     {"bias", "measure"},
-    {"optim", "policy", "slots"},
+    {"distributed", "optim", "policy", "slots"},
     {"sums"},
     {"roles"},
     {"blocked"},
