@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowprec import eager, eager_accumulate, eager_block, eager_fused, eager_statistics
-from lowprec.accumulator import LEAVES, Accumulator, Level
+from lowprec import eager, eager_accumulate, eager_block, eager_fused, eager_hopper, eager_statistics
+from lowprec.accumulator import HOPPER, LEAVES, Accumulator, Level
 from lowprec.adapt import adapt as _adapt
 from lowprec.formats import RULES, SPECIALS, Block, BlockFormat, FloatFormat
 from lowprec.packing import pack_rows, row_bytes, unpack_rows
@@ -239,6 +239,10 @@ def _matmul(a: Tensor, b: Tensor, accumulator: list[int], seed: Tensor | None, o
     return eager_accumulate.matmul(a, b, accumulator_of(tuple(accumulator)), seed, offset)
 
 
+def _hopper_leaves(a: Tensor, b: Tensor, kind: int, terms: int) -> Tensor:
+    return eager_hopper.leaves(a, b, HOPPER[LEAVES[kind]], terms)
+
+
 def _draw_seed() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu").random_()
 
@@ -313,6 +317,11 @@ def _fake_sums(x: Tensor, *args: Any) -> Tensor:
 
 def _fake_matmul(a: Tensor, b: Tensor, *args: Any) -> Tensor:
     return a.new_empty((*a.shape[:2], b.shape[2]), dtype=_carrier(a))
+
+
+def _fake_hopper_leaves(a: Tensor, b: Tensor, kind: int, terms: int) -> Tensor:
+    (batch, rows, K), columns = a.shape, b.shape[2]
+    return a.new_empty((batch, rows, columns, eager_hopper.leaf_count(K, terms)), dtype=torch.float32)
 
 
 def _fake_seed() -> Tensor:
@@ -404,6 +413,12 @@ _define(
     _fake_matmul,
     rule=batch_matmul,
 )
+_define(
+    "hopper_leaves(Tensor a, Tensor b, int kind, int terms) -> Tensor",
+    _hopper_leaves,
+    _fake_hopper_leaves,
+    rule=batch_matmul,
+)
 _define(f"encode_packed({_CAST}) -> Tensor", _encode_packed, _fake_encode_packed, rule=batch_encode_packed)
 _define(
     "decode_packed(Tensor codes, int[] format, int size, ScalarType dtype) -> Tensor",
@@ -423,6 +438,7 @@ encode_out = torch.ops.lowprec.encode_out.default
 decode = torch.ops.lowprec.decode.default
 accumulate = torch.ops.lowprec.accumulate.default
 matmul = torch.ops.lowprec.matmul.default
+hopper_leaves = torch.ops.lowprec.hopper_leaves.default
 encode_packed = torch.ops.lowprec.encode_packed.default
 decode_packed = torch.ops.lowprec.decode_packed.default
 pack_codes = torch.ops.lowprec.pack_codes.default

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lowprec import _ops
-from lowprec.accumulator import LEAVES, Accumulator
+from lowprec.accumulator import HOPPER, LEAVES, Accumulator
 from lowprec.cast import _draw, _hardest, _holds, _names, apply, fields_of, require_float
 from lowprec.eager import CONTAINERS
 from lowprec.eager_fused import to_float64
+from lowprec.eager_hopper import DTYPES, FLOAT8
 from lowprec.formats import FloatFormat
 from lowprec.rounding import Rounding
 
@@ -118,7 +119,8 @@ def matmul(
     once more, to nearest even, into its tensor's dtype. Gradients of gradients use the accumulator of the gradient.
 
     Args:
-        a: float64, float32, float16 or bfloat16: [K], [M, K] or [..., M, K], any strides and device.
+        a: float64, float32, float16 or bfloat16: [K], [M, K] or [..., M, K], any strides and device. The model of
+            Hopper's fp8 tensor cores takes float8_e4m3fn and float8_e5m2 (docs/hopper.md), and neither takes float64.
         b: likewise [K], [K, N] or [..., K, N]; batch dimensions are broadcast as in torch.matmul. Operands of two
             dtypes are carried into a wider one, exactly.
         accumulator: an `Accumulator` or its string.
@@ -143,6 +145,7 @@ def matmul(
     _require_factors(a, b)
     carrier = _carrier(a.dtype, b.dtype)
     fields, left, right = _fields_of_all(accumulator, backward, carrier)
+    _require_operands(a, b, fields)
     given = seed is not None or generator is not None
     draws = _is_stochastic(fields) or (given and (_is_stochastic(left) or _is_stochastic(right)))
     words = _draw(a, "stochastic" if draws else "nearest_even", seed, offset, generator)
@@ -164,8 +167,9 @@ def _matrices(x: Tensor, dims: int, vector: int) -> Tensor:
 
 def _require_factors(a: Tensor, b: Tensor) -> None:
     """Errors for operands that do not multiply."""
-    require_float("a", a)
-    require_float("b", b)
+    for name, x in (("a", a), ("b", b)):
+        if not isinstance(x, Tensor) or x.dtype not in FLOAT8:
+            require_float(name, x)
     if a.device != b.device:
         raise ValueError(f"a and b must be on one device, got {a.device} and {b.device}")
     shapes = f"got shapes {tuple(a.shape)} and {tuple(b.shape)}"
@@ -176,6 +180,15 @@ def _require_factors(a: Tensor, b: Tensor) -> None:
     for m, n in zip(reversed(a.shape[:-2]), reversed(b.shape[:-2]), strict=False):
         if m != n and m != 1 and n != 1:
             raise ValueError(f"the batch dimensions of a and b must broadcast, {shapes}")
+
+
+def _require_operands(a: Tensor, b: Tensor, fields: list[int]) -> None:
+    """TypeError for dtypes that are no operands of an accumulator: float8 alone for the model of fp8 tensor cores."""
+    leaf = LEAVES[fields[0]]
+    allowed = DTYPES if leaf == "hopper_fp8" else DTYPES[len(FLOAT8) :] if leaf in HOPPER else tuple(CONTAINERS)
+    for name, x in (("a", a), ("b", b)):
+        if x.dtype not in allowed:
+            raise TypeError(f"{name} must be one of {_names(allowed)} for {leaf}, got {x.dtype}")
 
 
 def _dimensions(x: Tensor, dim: int | Sequence[int] | None) -> list[int]:
@@ -342,7 +355,7 @@ def _product(
     a: Tensor, b: Tensor, fields: list[int], seed: Tensor | None, offset: Tensor | None, carrier: torch.dtype
 ) -> Tensor:
     """The product [..., M, N] in its carrier."""
-    if a.dtype != b.dtype or _carrier(a.dtype) != carrier:
+    if not _is_hopper(fields) and (a.dtype != b.dtype or _carrier(a.dtype) != carrier):
         a, b = _carry(a, carrier), _carry(b, carrier)
     batch = [n if m == 1 else m for m, n in zip(a.shape[:-2], b.shape[:-2], strict=True)]
     (height, depth), width = a.shape[-2:], b.shape[-1]
@@ -357,10 +370,19 @@ def _product(
 
 def _tree(a: Tensor, b: Tensor, fields: list[int], seed: Tensor | None, offset: Tensor | None) -> Tensor:
     """The product of [B, M, K] and [B, K, N], with the leaves that the accumulator names."""
+    if _is_hopper(fields):
+        leaves = _ops.hopper_leaves(a, b, *fields[:2])
+        sums: Tensor = _ops.accumulate(leaves.flatten(0, 2), [0, 0, *fields[2:]], seed, offset)
+        return sums.reshape(leaves.shape[:3])
     if fields[0] > LEAVES.index("exact"):
         raise NotImplementedError(f"{LEAVES[fields[0]]} leaves are not there yet")
     product: Tensor = _ops.matmul(a, b, fields, seed, offset)
     return product
+
+
+def _is_hopper(fields: list[int]) -> bool:
+    """Whether leaves follow the model of Hopper's tensor cores, to which an operand's own dtype matters."""
+    return LEAVES[fields[0]] in HOPPER
 
 
 def _carry(x: Tensor, carrier: torch.dtype) -> Tensor:

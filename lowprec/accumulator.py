@@ -20,7 +20,32 @@ LEAVES = ("terms", "exact", "tensor_core", "hopper_fp8", "hopper_fp16")
 """What the lowest level adds up, in the order that kernels know them by: the terms themselves, one unrounded sum of
 all, or partial sums by a tensor core, real or modelled."""
 
-_STEPS = {"tensor_core": 16, "hopper_fp8": 32, "hopper_fp16": 16}
+
+class TensorCore(NamedTuple):
+    """The arithmetic of one step (docs/hopper.md).
+
+    Products and accumulator are aligned to the largest exponent among them and cut below `fraction_bits` digits; their
+    exact sum is cut to `kept_bits` behind its leading digit.
+    """
+
+    step: int
+    fraction_bits: int
+    kept_bits: int
+    precision: int
+    """Digits of an operand's significand."""
+    floor: int = -133
+    """The exponent to which all is aligned at the least."""
+
+    @property
+    def unit(self) -> float:
+        """A step's error relative to the sum of its terms' magnitudes, at most; no operand being subnormal."""
+        return math.expm1(math.log1p(self.step * 2.0**-self.fraction_bits) + math.log1p(2.0**-self.kept_bits))
+
+
+HOPPER = {"hopper_fp8": TensorCore(32, 13, 13, 4), "hopper_fp16": TensorCore(16, 25, 23, 11)}
+"""Hopper's tensor cores with fp8 operands, and with fp16 or bf16 operands, as measured on an H100."""
+
+_STEPS = {"tensor_core": 16, **{leaf: core.step for leaf, core in HOPPER.items()}}
 """How many terms a tensor core adds at once."""
 
 MAX_LEVELS = 16
@@ -196,12 +221,16 @@ class Accumulator:
 
     @staticmethod
     def hopper_fp8(promote: int = 0, outer: FloatFormat | str | object = "fp32") -> Accumulator:
-        """The arithmetic of Hopper's fp8 tensor cores; every `promote` terms go to a running sum above them."""
+        """The arithmetic of Hopper's fp8 tensor cores; every `promote` terms go to a running sum above them.
+
+        `promote` is a multiple of 32, and 0 for never; DeepSeek-V3 promotes every 128. Operands are float8_e4m3fn or
+        float8_e5m2 (docs/hopper.md).
+        """
         return Accumulator([Level(None, outer)], leaf="hopper_fp8", terms=promote)
 
     @staticmethod
     def hopper_fp16(promote: int = 0, outer: FloatFormat | str | object = "fp32") -> Accumulator:
-        """The arithmetic of Hopper's fp16 and bf16 tensor cores; likewise."""
+        """The arithmetic of Hopper's fp16 and bf16 tensor cores; `promote` is a multiple of 16."""
         return Accumulator([Level(None, outer)], leaf="hopper_fp16", terms=promote)
 
     @staticmethod
@@ -282,8 +311,10 @@ class Accumulator:
         The product of 1 + u along the longest path, less 1, where u is the unit roundoff of each rounding there
         (docs/accumulate-theory.md).
 
+        In the model of Hopper's tensor cores a step counts as one rounding, and no operand may be subnormal.
+
         Raises:
-            ValueError: for tensor-core leaves, whose arithmetic the hardware defines.
+            ValueError: for the leaf "tensor_core", whose arithmetic the hardware defines.
         """
         return math.expm1(sum(count * math.log1p(unit) for count, unit in self._path(K)))
 
@@ -303,6 +334,10 @@ class Accumulator:
             below = level
 
     def _leaf_path(self, terms: int) -> Iterator[tuple[int, float]]:
+        if self.leaf in HOPPER:
+            core = HOPPER[self.leaf]
+            yield -(-terms // core.step), core.unit
+            return
         raise ValueError(f"{self.leaf}: the hardware defines its roundings, for which there is no bound here")
 
     def __str__(self) -> str:

@@ -207,6 +207,16 @@ def _dense_codes(device: torch.device) -> list[Arguments]:
     ]
 
 
+def _hopper_operands(device: torch.device) -> list[Arguments]:
+    """Operands of every dtype, strides, short and several leaves, and none; float8, which opcheck cannot take, last."""
+    a = torch.linspace(-9, 9, 2 * 3 * 70, device=device).reshape(2, 3, 70)
+    b = torch.linspace(-3, 4, 2 * 70 * 5, device=device).reshape(2, 70, 5)
+    wide = [(a, b), (a.half()[:, :, :16], b.half()[:, :16]), (a.bfloat16(), b.mT.contiguous().mT.bfloat16())]
+    narrow = [(a.to(torch.float8_e4m3fn), b.to(torch.float8_e5m2)), (a[:, :0].to(torch.float8_e5m2), b)]
+    none = [(a[:, :, :0], b[:, :0])]
+    return [(*pair, *how) for pair in (*wide, *none, *narrow) for how in ((3, 64), (4, 16), (4, 0))]
+
+
 CASES = [
     Case("adapt", _adaptations),
     Case("quantize", _casts()),
@@ -248,6 +258,7 @@ CASES = [
     Case("accumulate_", _sums),
     Case("accumulate", _rows),
     Case("matmul", _factors),
+    Case("hopper_leaves", _hopper_operands),
     Case("encode_packed", _casts(text="e3m2fn")),
     Case("decode_packed", _dense_codes),
     Case("pack_codes", lambda device: [(codes, 4) for codes in _few_codes(device)]),

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"formats", "rounding", "straight_through"},
     {"accumulator", "reference", "eager", "packing", "windows"},
-    {"eager_accumulate", "eager_fused", "eager_statistics", "reference_accumulate", "reference_block"},
+    {"eager_accumulate", "eager_fused", "eager_hopper", "eager_statistics"}
+    | {"reference_accumulate", "reference_block", "reference_hopper"},
     {"adapt", "eager_block"},
     {"_ops", "testing"},
     {"block"},
