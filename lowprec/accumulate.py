@@ -195,14 +195,13 @@ def _dimensions(x: Tensor, dim: int | Sequence[int] | None) -> list[int]:
     """The dimensions to sum over, ascending."""
     if dim is None:
         return list(range(x.dim()))
-    given = [dim] if isinstance(dim, int) else list(dim)
+    given: Sequence[Any] = dim if isinstance(dim, tuple | list) else [dim]
+    if any(isinstance(each, bool) or not isinstance(each, int) for each in given):
+        raise TypeError(f"dim must be an int, several, or None, got {dim!r}")
     count = max(x.dim(), 1)  # torch lets a number be summed over its dimension 0 too
-    for each in given:
-        if isinstance(each, bool) or not isinstance(each, int):
-            raise TypeError(f"dim must be an int, several, or None, got {dim!r}")
-        if not -count <= each < count:
-            raise ValueError(f"dim must be within x's {x.dim()} dimensions, got {dim!r}")
-    dims = sorted(each % count for each in given)
+    if not all(-count <= each < count for each in given):
+        raise ValueError(f"dim must be within x's {x.dim()} dimensions, got {dim!r}")
+    dims = sorted([each % count for each in given])
     if not dims or len(set(dims)) != len(dims):
         raise ValueError(f"dim must name one dimension or several different ones, got {dim!r}")
     return dims[: x.dim()]
@@ -436,7 +435,7 @@ class Sum(torch.autograd.Function):
     ) -> Tensor:
         kept = [i for i in range(x.dim()) if i not in dims]
         shape = [x.shape[i] for i in kept]
-        terms = x.permute(*kept, *dims).reshape(math.prod(shape), math.prod([x.shape[i] for i in dims]))
+        terms = x.permute([*kept, *dims]).reshape(math.prod(shape), math.prod([x.shape[i] for i in dims]))
         sums: Tensor = _ops.accumulate(terms, fields, seed, offset)
         return _round_to(sums.reshape(shape), dtype)
 

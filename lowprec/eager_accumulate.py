@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowprec import eager
-from lowprec.accumulator import Accumulator, Run
+from lowprec.accumulator import Accumulator, Level, Run
 from lowprec.eager import Unpacked, floor_log2, unpack
 from lowprec.formats import FloatFormat
 from lowprec.rounding import Rounding
@@ -51,10 +51,18 @@ class _Draws(NamedTuple):
     seed: Tensor | None
     offset: Tensor | None
 
-    def words(self, numbers: Tensor) -> Tensor:
-        """The words of these roundings [G] of every output [B, M, N] -> [B, M, N, G]."""
-        index = self.output.unsqueeze(-1) * self.roundings + numbers
-        return eager.words_at(index, self.seed, self.offset)
+    def words(self, run: Run, size: int) -> Iterator[Tensor | None]:
+        """For each of `size` steps the words of all groups of a level [B, M, N, G]; None if it draws none."""
+        level, inputs, first = run
+        if level.rounding is not Rounding.stochastic:
+            yield from (None for _ in range(size))
+            return
+        places = torch.arange(first, first + inputs, size, device=self.output.device)
+        together = max(_AT_ONCE // (self.output.numel() * places.numel()), 1)  # philox costs as much as a step
+        for begin in range(0, size, together):
+            steps = torch.arange(begin, min(begin + together, size), device=places.device)
+            index = self.output[..., None, None] * self.roundings + (steps.unsqueeze(-1) + places)
+            yield from eager.words_at(index, self.seed, self.offset).unbind(-2)
 
 
 def _outputs(
@@ -103,7 +111,8 @@ def _tree(terms: _Terms, count: int, accumulator: Accumulator, draws: _Draws) ->
     if accumulator.leaf == "exact":
         (level,) = accumulator.levels
         total = _exact_sum(terms.take(0, 1), level.rounding is Rounding.down, terms.carrier)
-        return _round(total, Run(level, 1, 0), draws, 0, terms.carrier).squeeze(-1)
+        (word,) = draws.words(Run(level, 1, 0), 1)
+        return _round(total, level, word, terms.carrier).squeeze(-1)
     for run in accumulator.runs_of(count):
         sums = _sequential(terms, run, draws)
         terms = _Terms(_normalise(unpack(sums)), None, None, terms.carrier)
@@ -114,23 +123,19 @@ def _sequential(terms: _Terms, run: Run, draws: _Draws) -> Tensor:
     """One level: the sums of its groups [B, M, N, G]."""
     level, inputs, _ = run
     size = min(level.fan_in or inputs, inputs)
-    sums = _round(_collapse(terms.take(0, size)), run, draws, 0, terms.carrier)
-    for n in range(1, size):
+    words = draws.words(run, size)
+    sums = _round(_collapse(terms.take(0, size)), level, next(words), terms.carrier)
+    for n, word in enumerate(words, 1):
         term = terms.take(n, size)
-        groups = term.high.shape[-1]  # the last one may be short
+        groups = term.high.shape[-1]  # the last group may be short
         running = _widen(_normalise(unpack(sums[..., :groups])))
         exact = _add(running, term, level.rounding is Rounding.down)
-        sums = torch.cat([_round(exact, run, draws, n, terms.carrier), sums[..., groups:]], -1)
+        word = None if word is None else word[..., :groups]
+        sums = torch.cat([_round(exact, level, word, terms.carrier), sums[..., groups:]], -1)
     return sums
 
 
-def _round(exact: _Exact, run: Run, draws: _Draws, n: int, carrier: torch.dtype) -> Tensor:
-    """The n-th sums of a level's groups [B, M, N, G], rounded once."""
-    level, inputs, first = run
-    word = None
-    if level.rounding is Rounding.stochastic:
-        numbers = torch.arange(first + n, first + inputs, level.fan_in or inputs, device=exact.sticky.device)
-        word = draws.words(numbers)
+def _round(exact: _Exact, level: Level, word: Tensor | None, carrier: torch.dtype) -> Tensor:
     return _values(exact, level.fmt, level.rounding, level.saturate, word, carrier)
 
 

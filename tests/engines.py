@@ -1,4 +1,4 @@
-"""The implementations of the casts, called alike, so that one test holds all of them to the reference."""
+"""The implementations of casts and sums, called alike, so that one test holds all of them to the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowprec import _ops, eager
+from lowprec import _ops, eager, eager_accumulate
+from lowprec.accumulator import Accumulator
 from lowprec.formats import FloatFormat
 from lowprec.rounding import Rounding
 from tests.judge import grid
@@ -43,6 +44,24 @@ class Engine:
         codes = codes.to(self.device)
         values = _ops.decode(codes, fmt.fields, dtype) if self.registered else eager.decode(codes, fmt, dtype)
         return values.cpu()
+
+    def sums(self, x: Tensor, accumulator: Accumulator, seed: int = 0, offset: int = 0) -> Tensor:
+        """Of the rows of x [O, K]."""
+        return self._accumulate("accumulate", (x,), accumulator, seed, offset)
+
+    def matmul(self, a: Tensor, b: Tensor, accumulator: Accumulator, seed: int = 0, offset: int = 0) -> Tensor:
+        """The product of [B, M, K] and [B, K, N]."""
+        return self._accumulate("matmul", (a, b), accumulator, seed, offset)
+
+    def _accumulate(
+        self, name: str, inputs: tuple[Tensor, ...], accumulator: Accumulator, seed: int, offset: int
+    ) -> Tensor:
+        inputs, draws = tuple(x.to(self.device) for x in inputs), (torch.tensor(seed), torch.tensor(offset))
+        if self.registered:
+            result: Tensor = getattr(_ops, name)(*inputs, accumulator.fields, *draws)
+        else:
+            result = getattr(eager_accumulate, name)(*inputs, accumulator, *draws)
+        return result.cpu()
 
     def _cast(
         self,
