@@ -81,7 +81,8 @@ def product(a: Tensor, b: Tensor, sums: Sums, seed: Tensor | None, offset: Tenso
     if a.dtype != b.dtype:
         raise ValueError(f"both operands of a product must have one dtype, got {a.dtype} and {b.dtype}")
     fields = accumulator_fields(sums.forward, torch.float64 if a.dtype == torch.float64 else torch.float32)
-    left, right = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+    batch = count(a.shape[:-2])
+    left, right = a.reshape(batch, *a.shape[-2:]), b.reshape(batch, *b.shape[-2:])
     if fields[0] > LEAVES.index("exact"):
         dtypes = _operands(sums.forward, sums.left_rule, sums.right_rule, a.dtype).split()
         left, right = (x.to(getattr(torch, name)) for x, name in zip((left, right), dtypes, strict=True))
