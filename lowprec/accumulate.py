@@ -145,12 +145,16 @@ def matmul(
     _require_factors(a, b)
     carrier = _carrier(a.dtype, b.dtype)
     fields, left, right = _fields_of_all(accumulator, backward, carrier)
-    _require_operands(a, b, fields)
+    result = _result(dtype, carrier)
+    _require_operands(fields, a=a.dtype, b=b.dtype)
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        _require_operands(left, gradient=result, b=b.dtype)
+        _require_operands(right, a=a.dtype, gradient=result)
     given = seed is not None or generator is not None
     draws = _is_stochastic(fields) or (given and (_is_stochastic(left) or _is_stochastic(right)))
     words = _draw(a, "stochastic" if draws else "nearest_even", seed, offset, generator)
     n = max(a.dim(), b.dim(), 2)
-    args = (fields, left, right, *words, given, carrier, _result(dtype, carrier))
+    args = (fields, left, right, *words, given, carrier, result)
     product: Tensor = _function(Matmul, DualMatmul).apply(_matrices(a, n, 0), _matrices(b, n, -1), *args)
     product = product.squeeze(-2) if a.dim() == 1 else product
     return product.squeeze(-1) if b.dim() == 1 else product
@@ -182,13 +186,13 @@ def _require_factors(a: Tensor, b: Tensor) -> None:
             raise ValueError(f"the batch dimensions of a and b must broadcast, {shapes}")
 
 
-def _require_operands(a: Tensor, b: Tensor, fields: list[int]) -> None:
-    """TypeError for dtypes that are no operands of an accumulator: float8 alone for the model of fp8 tensor cores."""
+def _require_operands(fields: list[int], **dtypes: torch.dtype) -> None:
+    """TypeError for dtypes that are no operands of an accumulator; the model of tensor cores has its own."""
     leaf = LEAVES[fields[0]]
     allowed = DTYPES if leaf == "hopper_fp8" else DTYPES[len(FLOAT8) :] if leaf in HOPPER else tuple(CONTAINERS)
-    for name, x in (("a", a), ("b", b)):
-        if x.dtype not in allowed:
-            raise TypeError(f"{name} must be one of {_names(allowed)} for {leaf}, got {x.dtype}")
+    for name, dtype in dtypes.items():
+        if dtype not in allowed:
+            raise TypeError(f"{name} must be one of {_names(allowed)} for {leaf}, got {dtype}")
 
 
 def _dimensions(x: Tensor, dim: int | Sequence[int] | None) -> list[int]:

@@ -649,26 +649,29 @@ def test_tensors_of_other_kinds() -> None:
 def test_accumulators_that_cannot_be() -> None:
     def refused(error: type[Exception], message: str, *args: Any, **how: Any) -> None:
         with pytest.raises(error, match=message):
-            lp.matmul(A, B, *args, **how)
+            lp.matmul(*args, **how)
 
     wide = "accumulator '1-6-9/1-9-9': level 1 is 1-9-9, of which torch.float32 cannot hold .*"
-    refused(ValueError, wide, "1-6-9/1-9-9")
-    refused(ValueError, wide, "1-6-9", backward="1-6-9/1-9-9")
-    refused(ValueError, wide, "1-6-9", backward=("fp32", "1-6-9/1-9-9"))
-    refused(ValueError, "the product format is 1-2-24", "1-6-9;product=1-2-24")
-    refused(ValueError, "level 0 is 1-8-23, of which torch.float32 cannot hold", "1-8-23")
-    refused(ValueError, "unknown format", "foo")
-    refused(TypeError, "accumulator must be an Accumulator or a string, got 3", 3)
-    refused(TypeError, "accumulator must be an Accumulator or a string, got 3", "1-6-9", backward=(None, 3))
-    refused(ValueError, r"a pair of them \(dA, dB\)", "1-6-9", backward=("fp32",) * 3)
-    refused(TypeError, "dtype must be one of", "1-6-9", dtype=torch.int32)
-    refused(ValueError, "seed or generator, not both", "1-6-9", seed=1, generator=torch.Generator())
-    refused(TypeError, "seed must be an int", "1-6-9 stochastic", seed=1.5)
+    refused(ValueError, wide, A, B, "1-6-9/1-9-9")
+    refused(ValueError, wide, A, B, "1-6-9", backward="1-6-9/1-9-9")
+    refused(ValueError, wide, A, B, "1-6-9", backward=("fp32", "1-6-9/1-9-9"))
+    refused(ValueError, "the product format is 1-2-24", A, B, "1-6-9;product=1-2-24")
+    refused(ValueError, "level 0 is 1-8-23, of which torch.float32 cannot hold", A, B, "1-8-23")
+    refused(ValueError, "unknown format", A, B, "foo")
+    refused(TypeError, "accumulator must be an Accumulator or a string, got 3", A, B, 3)
+    refused(TypeError, "accumulator must be an Accumulator or a string, got 3", A, B, "1-6-9", backward=(None, 3))
+    refused(ValueError, r"a pair of them \(dA, dB\)", A, B, "1-6-9", backward=("fp32",) * 3)
+    refused(TypeError, "dtype must be one of", A, B, "1-6-9", dtype=torch.int32)
+    refused(ValueError, "seed or generator, not both", A, B, "1-6-9", seed=1, generator=torch.Generator())
+    refused(TypeError, "seed must be an int", A, B, "1-6-9 stochastic", seed=1.5)
     lp.matmul(A.double(), B, "1-6-9/1-9-9")
     with pytest.raises(ValueError, match="a tensor core adds products"):
         lp.sum(A, 0, "hopper_fp8")
     with pytest.raises(ValueError, match="cannot hold"):
         lp.sum(A, 0, "1-9-9")
+    refused(TypeError, "a must be one of .* for hopper_fp16, got torch.float64", A.double(), B, "hopper_fp16")
+    how = {"backward": ("hopper_fp16", "fp32"), "dtype": torch.float64}
+    refused(TypeError, "gradient must be one of .* for hopper_fp16", A, B.clone().requires_grad_(), "fp32", **how)
 
 
 @pytest.mark.parametrize("dim", [2, -3, (0, 5), (0, 0), (1, -1), (), True, 1.5, "x"], ids=repr)
