@@ -155,10 +155,10 @@ class Region(TorchFunctionMode):
         return self.slots
 
     def note(self, name: str, x: Tensor) -> None:
-        """Count a call of an op that reads the formats and rounds by itself, as the report names it."""
-        roles = self._roles(KINDS.index(name), x)
-        roles.leave_out()
-        if roles.left_out:
+        """Count a call of an op, as the report names it, that rounds by itself and sums its products, but these alone,
+        as the policy says."""
+        self._roles(KINDS.index(name), x)
+        if self.accumulators.reduction is not None:
             self.leave_out(name)
 
     def miss(self, name: str) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowprec._ops import layer_norm_back, sigmoid_back, tanh_back
+from lowprec.accumulate import matmul
 from lowprec.bias import plain_format
 from lowprec.cast import quantize
 from lowprec.formats import FloatFormat
-from lowprec.policy import Policy, as_policy
+from lowprec.policy import TORCHS_SUMS, Accumulators, Policy, as_policy
 from lowprec.region import Region, put_back, take
 from lowprec.sparse.rounding import caster
 
@@ -87,8 +88,10 @@ class Gradients(NamedTuple):
     maps: tuple[Back, ...]
 
 
-def product(x: Tensor, w: Tensor) -> Tensor:
-    """Batched x · w; bfloat16 operands are summed and returned in float32."""
+def product(x: Tensor, w: Tensor, accumulator: str | None) -> Tensor:
+    """Batched x · w under an accumulator, if there is one; bfloat16 operands are summed and returned in float32."""
+    if accumulator is not None:
+        return matmul(x, w, accumulator, dtype=None if x.dtype == torch.bfloat16 else x.dtype)
     if x.dtype != torch.bfloat16:
         return torch.bmm(x, w)
     return torch.bmm(x, w, out_dtype=torch.float32) if x.is_cuda else torch.bmm(x.float(), w.float())
@@ -108,12 +111,13 @@ class Cell:
         wide: torch.dtype,
         container: torch.dtype,
         device_type: str,
+        accumulators: Accumulators = TORCHS_SUMS,
         fuse: bool = False,
     ) -> None:
         activation, weight, grad, weight_grad = formats
         self.round, self.round_grad = (caster(fmt, wide, device_type, fuse) for fmt in (activation, grad))
         self.round_weight, self.round_weight_grad = (caster(fmt, wide, device_type) for fmt in (weight, weight_grad))
-        self.wide, self.container = wide, container
+        self.wide, self.container, self.sums = wide, container, accumulators
         maybe_compile = partial(torch.compile, dynamic=False) if fuse else lambda function: function
         self.step, self.step_back = maybe_compile(self._step), maybe_compile(self._step_back)
         self.linear, self.linear_back = maybe_compile(self._linear), maybe_compile(self._linear_back)
@@ -128,7 +132,7 @@ class Cell:
 
     def _linear(self, x: Tensor, p: Linear) -> tuple[Tensor, Norm | None]:
         """[R, N, in] -> LN(x · W) [R, N, G, H]; the product and the output of the norm are both rounded."""
-        z = product(x, p.weight).view(*x.shape[:-1], *p.bias.shape[-2:])
+        z = product(x, p.weight, self.sums.forward).view(*x.shape[:-1], *p.bias.shape[-2:])
         if p.gain is None:
             return z + p.bias, None
         z = self.round(z)
@@ -185,7 +189,7 @@ class Cell:
         dgates, dc = self._gates_back(doutput + dh, dc, saved, keep)
         backs, dinputs = [self._linear_back(dgates, maps[-1], saved.norms[-1])], [dgates]
         for k in reversed(range(len(maps) - 1)):
-            dx = product(backs[0].z.flatten(-2), maps[k + 1].weight.mT)
+            dx = self.input_back(backs[0].z, maps[k + 1])
             if k == 0:
                 assert saved.first is not None
                 dinputs = [dx * saved.first, *dinputs]
@@ -194,7 +198,7 @@ class Cell:
                 dx = dx * (saved.operands[k + 1] > 0)
                 dinputs = [dx]
             backs.insert(0, self._linear_back(dx.unsqueeze(-2), maps[k], saved.norms[k]))
-        dh = product(backs[0].z.flatten(-2), maps[0].weight.mT)
+        dh = self.input_back(backs[0].z, maps[0])
         return Gradients(dh, dc, torch.stack(dinputs, -2) if len(maps) > 1 else dgates, tuple(backs))
 
     def _gates_back(self, dh: Tensor, dc: Tensor, saved: Saved, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -206,9 +210,13 @@ class Cell:
         gates = [sigmoid_back(grad, gate) for grad, gate in parts]
         return torch.stack([*gates, du if keep is None else du * keep], -2), dc * f
 
+    def input_back(self, dz: Tensor, p: Linear) -> Tensor:
+        """The gradient of what a linear map was given, from that of its product."""
+        return product(dz.flatten(-2), p.weight.mT, self.sums.input_grad)
+
     def weight_back(self, x: Tensor, dz: Tensor) -> Tensor:
         """The gradient of a weight, from all rows of a chunk at once: formed, then rounded."""
-        return self.round_weight_grad(product(x.mT, dz.flatten(-2)))
+        return self.round_weight_grad(product(x.mT, dz.flatten(-2), self.sums.weight_grad))
 
 
 compiled_cell = lru_cache(maxsize=256)(partial(Cell, fuse=True))
@@ -251,7 +259,7 @@ class Chunk(torch.autograd.Function):
             back.append(step)
         back.reverse()
         first = cell.linear_back(_rows([step.inputs for step in back]), ctx.first, ctx.norm)
-        dx = product(first.z.flatten(-2), ctx.first.weight.mT).view(*dhs.shape[:3], -1)
+        dx = cell.input_back(first.z, ctx.first).view(*dhs.shape[:3], -1)
         parameters = [cell.weight_back(ctx.rows, first.z), first.gain, first.bias]
         for k in range(len(ctx.maps)):
             x = _rows([saved.operands[k] for saved in ctx.tape])
@@ -345,8 +353,9 @@ class Recurrent(nn.Module):
         region, place = take()
         try:
             formats = self._formats() if region is None else self._formats_of(region, x)
+            sums = self._sums() if region is None else region.accumulators
             make_cell = compiled_cell if self.compile_step else Cell
-            cell = make_cell(formats, x.dtype, self.container or x.dtype, x.device.type)
+            cell = make_cell(formats, x.dtype, self.container or x.dtype, x.device.type, sums)
             with torch.autocast(x.device.type, enabled=False):
                 results = Chunk.apply(cell, x, h, c, self._keep(x), *self._flat())  # type: ignore[no-untyped-call]
         finally:
@@ -357,6 +366,9 @@ class Recurrent(nn.Module):
     def _formats(self) -> Formats:
         activation, weight, grad, weight_grad = self.policy.float_formats if self.policy else (None,) * 4
         return activation, weight, grad, weight_grad
+
+    def _sums(self) -> Accumulators:
+        return self.policy.accumulators if self.policy else TORCHS_SUMS
 
     def _formats_of(self, region: Region, x: Tensor) -> Formats:
         """Those of the policy that the layer was wrapped in, instead of its own."""
@@ -432,7 +444,8 @@ class LSTM(Recurrent):
             inputs and outputs, are rounded to `activation` or `weight`; their gradients to `activation_grad`; a
             weight's gradient, once formed for the chunk, to `weight_grad`. To nearest, ties to even; ieee formats
             overflow to infinity, others saturate. c, the statistics of layer norms, gains, biases and the parameters
-            themselves keep full precision. `lowprec.wrap` puts its policy in the place of this one.
+            themselves keep full precision. Every product, forward and backward, is summed by the policy's accumulator;
+            other sums are torch's. `lowprec.wrap` puts its policy in the place of this one.
         replicas: R independent layers, stacked; None for one without the leading dimension.
         dropout: probability of dropping elements of u, in training.
         container: the dtype that operands and stored values take, which must hold their formats: bfloat16 runs products

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from lowprec.policy import Policy
 from lowprec.roles import AS_IT_IS, Role, round_both
 from lowprec.sparse import recurrent
 from lowprec.sparse.rounding import caster, is_short, nearest_even
+from lowprec.testing import assert_bits_equal
 
 FP8 = Policy.recipe("fp8")
 Rounder = Callable[[Any], Any]
@@ -233,7 +235,7 @@ def test_every_operand_is_in_its_format(
     layer = perturbed(make(16, 24, policy=FP8, container=container, replicas=2, device=device))
     seen: list[tuple[Tensor, Tensor]] = []
     product = recurrent.product
-    monkeypatch.setattr(recurrent, "product", lambda x, w: seen.append((x, w)) or product(x, w))
+    monkeypatch.setattr(recurrent, "product", lambda x, w, how: seen.append((x, w)) or product(x, w, how))
     x = torch.randn(2, 5, 4, 16, device=device)
     hs, _ = layer(x)
     forward = len(seen)
@@ -251,6 +253,33 @@ def test_every_operand_is_in_its_format(
         assert p.grad is not None
         assert p.grad.any()
         assert is_rounded(p.grad, FP8.weight_grad) == name.startswith("weight")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("make", [sparse.MLSTM, sparse.LSTM])
+def test_every_product_has_its_accumulator(make: Any, wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(accumulator=("1-6-9", "chunk4:1-6-5/1-6-9", "pairwise:1-6-7"))
+    layer = perturbed(make(6, 8, policy=None if wrapped else policy))
+    if wrapped:
+        lp.wrap(layer, policy, strict=True)
+    seen: list[tuple[str | None, Tensor]] = []
+    product = recurrent.product
+    monkeypatch.setattr(recurrent, "product", lambda x, w, how: seen.append((how, y := product(x, w, how))) or y)
+    hs, _ = layer(torch.randn(5, 4, 6))
+    forward, each = len(seen), 5 * (len(layer.maps) - 1) + 1  # of the input's map at once, of the others every timestep
+    hs.sum().backward()
+    assert [how for how, _ in seen[:forward]] == ["1-6-9"] * each
+    backward = Counter(how for how, _ in seen[forward:])
+    assert backward == {"chunk4:1-6-5/1-6-9": each, "pairwise:1-6-7": len(layer.maps)}
+    assert all(is_rounded(y, lp.format(how.rpartition(":")[2].rpartition("/")[2])) for how, y in seen if how)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_product_under_an_accumulator(dtype: torch.dtype) -> None:
+    x, w = torch.randn(2, 3, 5).to(dtype), torch.randn(2, 4, 5).to(dtype).mT
+    y = recurrent.product(x, w, "pairwise:1-6-9")
+    assert_bits_equal(y, lp.matmul(x, w, "pairwise:1-6-9"))
+    assert y.dtype == recurrent.product(x, w, None).dtype
 
 
 @pytest.mark.parametrize("make", [sparse.MLSTM, sparse.LSTM])

@@ -26,9 +26,15 @@ SHARE = 20
 
 
 def run(config: Config, format: str, width: int, folder: Path, stop: Stop) -> None:
+    """Train and score the cell of a format and width: `train` with the format's recipe."""
+    policy = None if format == FULL else Policy.recipe(format)
+    train(config, policy, width, {"format": format, "width": width}, folder, stop)
+
+
+def train(config: Config, policy: Policy | None, width: int, name: dict[str, Any], folder: Path, stop: Stop) -> None:
     """Train and score a cell, going on from its checkpoint.
 
-    Leaves metrics.jsonl, checkpoint.pt until it is done, and result.json when it is.
+    Leaves metrics.jsonl, checkpoint.pt until it is done, and result.json, which begins with `name`, when it is.
 
     Raises:
         ValueError: for a damaged checkpoint, or a loss that is no longer finite.
@@ -37,14 +43,13 @@ def run(config: Config, format: str, width: int, folder: Path, stop: Stop) -> No
     device = torch.device(config.device)
     _set_up(device, config)
     corpus = data.load(config.data, config.split)
-    trainer = _trainer(config, format, width, corpus, device)
+    trainer = _trainer(config, policy, width, corpus, device)
     state = _restored(trainer, folder) or {"seconds": 0.0, "devices": []}
-    name = record.device_name(device)
-    state["devices"] = list(dict.fromkeys([*state["devices"], name]))
+    state["devices"] = list(dict.fromkeys([*state["devices"], record.device_name(device)]))
     if device.type == "cuda":
         trainer.capture()
     if _train(trainer, config, folder, state, stop):
-        result = {"format": format, "width": width} | _scores(trainer, config, corpus) | _costs(trainer, config, state)
+        result = name | _scores(trainer, config, corpus) | _costs(trainer, config, state)
         record.write_json(folder / "result.json", result)
         (folder / "checkpoint.pt").unlink()
 
@@ -61,8 +66,7 @@ def _set_up(device: torch.device, config: Config) -> None:
         torch.set_num_threads(1)
 
 
-def _trainer(config: Config, format: str, width: int, corpus: data.Corpus, device: torch.device) -> Trainer:
-    policy = None if format == FULL else Policy.recipe(format)
+def _trainer(config: Config, policy: Policy | None, width: int, corpus: data.Corpus, device: torch.device) -> Trainer:
     options = {"policy": policy, "container": _container(policy, device), "compile": config.compile}
     seeds = range(config.seeds)
     model = ByteModel(len(corpus.symbols), width, config.steps, config.embedding, seeds, **options).to(device)

@@ -1,0 +1,103 @@
+"""Accumulation: how does a sum's error grow with its length, its order and its accumulator's bits? See README.md."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from lowprec.studies import data, engine
+from lowprec.studies.accumulation import sums, training
+from lowprec.studies.accumulation.config import QUICK, Config
+from lowprec.studies.accumulation.theory import SITUATIONS
+
+__all__ = ["QUESTION", "QUICK", "Config", "prepare", "run"]
+
+QUESTION = "How does a sum's error grow with its length and its accumulator's bits: sequential, chunked, pairwise?"
+
+
+def prepare(config: Config) -> Config:
+    """Check settings against the text and the machine, and fill in what they leave open.
+
+    Raises:
+        ValueError: for a text that is missing, damaged, too short or not the expected one, or a missing device.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu: this machine, or this torch, has no CUDA device")
+    if unknown := set(config.cells) - {part.name for part in _parts(config, Path())}:
+        known = ", ".join(part.name for part in _parts(config, Path()))
+        raise ValueError(f"cells must be among {known}, got {', '.join(sorted(unknown))}")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if "training" not in config.parts:
+        return replace(config, device=device)
+    corpus = data.load(config.data, config.split)
+    if config.sha256 not in ("", corpus.sha256):
+        raise ValueError(f"data: {corpus.name} has SHA-256 {corpus.sha256}, not {config.sha256}")
+    training.settings(config)
+    if min(len(corpus.valid), len(corpus.test)) <= config.length:
+        raise ValueError(f"data: validation and test parts need more than {config.length} bytes each")
+    return replace(config, sha256=corpus.sha256, device=device)
+
+
+def run(config: Config, folder: Path) -> None:
+    """Run the parts that are not done, then write the results; shows both on the terminal."""
+    console = Console(highlight=False)
+    parts = _parts(config, folder)
+    chosen = [part for part in parts if not config.cells or part.name in config.cells]
+    try:
+        engine.run(chosen, _workers(config, chosen), config.minutes, console, fresh=config.device == "cuda")
+    except KeyboardInterrupt:
+        _say_where(parts, console)
+        raise
+    if all(part.done for part in parts):
+        from lowprec.studies.accumulation import report  # not needed, and slow to load, in the processes of the parts
+
+        measured = [part.folder for part in parts if _is_sum(part)]
+        trained = [part.folder for part in parts if not _is_sum(part)]
+        report.write(config, measured, trained, folder, console)
+    else:
+        _say_where(parts, console)
+
+
+def _parts(config: Config, folder: Path) -> list[engine.Part]:
+    """The cells of the training, the longest work first, and the sums."""
+    parts = []
+    if "training" in config.parts:
+        parts += [
+            engine.Part(name, folder / "cells" / name, config.updates, partial(training.run, config, name))
+            for name in training.names(config)
+        ]
+    if "sums" in config.parts:
+        parts += [
+            engine.Part(
+                f"sums-{terms}-{situation.name}",
+                folder / "cells" / f"sums-{terms}-{situation.name}",
+                sums.total(config),
+                partial(sums.run, config, terms, situation),
+            )
+            for terms in sums.TERMS
+            for situation in SITUATIONS
+        ]
+    return parts
+
+
+def _is_sum(part: engine.Part) -> bool:
+    return part.name.startswith("sums-")
+
+
+def _workers(config: Config, parts: list[engine.Part]) -> int:
+    most = 1 if config.device == "cuda" else len(os.sched_getaffinity(0))
+    return config.workers or max(1, min(most, len(parts)))
+
+
+def _say_where(parts: list[engine.Part], console: Console) -> None:
+    """One line for each part that is not done."""
+    console.print(f"{sum(part.done for part in parts)} of {len(parts)} parts are done; saved of the others:")
+    for part in parts:
+        if not part.done:
+            console.print(f"  {part.name}: update {part.last()['update']} of {part.total}")
+    console.print("go on with --resume")
