@@ -773,6 +773,26 @@ def test_tensor_cores_need_operands_that_fit(accumulator: str) -> None:
         lp.wrap(nn.Linear(64, 4), policy)(random(2, 64))
 
 
+@pytest.mark.parametrize(
+    ("formats", "accumulator", "dtypes"),
+    [
+        (("e4m3fn", "e4m3fn", "e5m2"), "hopper_fp8@32:fp32", (torch.float8_e4m3fn, torch.float8_e5m2)),
+        (("bf16", "1-4-3", "1-5-2"), "hopper_fp16:1-8-13:specials=ieee", (torch.bfloat16, torch.bfloat16)),
+        (("1-4-10", "fp16", "e5m2"), "hopper_fp16", (torch.float16, torch.float16)),
+    ],
+)
+def test_modelled_tensor_cores_see_narrow_operands(
+    formats: tuple[str, ...], accumulator: str, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    model, x = nn.Linear(64, 5, bias=False), random(7, 64)
+    y, dx, dw = all_gradients(lp.wrap(model, lp.Policy(*formats, accumulator=accumulator), strict=True), x)
+    a, w = q(x, formats[0]).to(dtypes[0]), q(model.weight, formats[1]).to(dtypes[0])
+    dy = q(random(7, 5, seed=9), formats[2]).to(dtypes[1])
+    assert torch.equal(y, lp.matmul(a, w.t(), accumulator))
+    assert torch.equal(dx, lp.matmul(dy, w, accumulator))
+    assert torch.equal(dw.t(), lp.matmul(a.t(), dy, accumulator))
+
+
 def test_products_take_a_tensor_that_meets_itself() -> None:
     x = random(4, 4)
     assert torch.equal(lp.wrap(Weighted(lambda x, *_: x @ x), lp.Policy(accumulator=Y))(x), product(x, x, Y))
