@@ -125,6 +125,33 @@ def test_chains_give_what_an_h100_gave(pair: str, leaves: Leaves, device: torch.
     assert_bits_equal(found.squeeze(-1), float32(pair, "chain_result"))
 
 
+@pytest.fixture
+def hopper() -> torch.device:
+    """A device whose tensor cores these are."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs Hopper's tensor cores")
+    return torch.device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K", [32, 64, 128, 512, 2048])
+def test_cublas_gives_what_the_fp8_model_gives(K: int, hopper: torch.device) -> None:
+    """Fast accumulation is one chain of instructions; without it, cuBLAS promotes every 128 terms."""
+    one = torch.ones((), device=hopper)
+    a, b = (torch.randn(256, K, device=hopper).to(torch.float8_e4m3fn) for _ in "ab")
+    for fast, text in ((True, "hopper_fp8"), (False, "hopper_fp8@128:fp32")):
+        expected = torch._scaled_mm(a, b.T, one, one, out_dtype=torch.float32, use_fast_accum=fast)
+        assert_bits_equal(lp.matmul(a, b.T, text), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("K", [16, 64, 256])
+def test_cublas_gives_what_the_fp16_model_gives(K: int, dtype: torch.dtype, hopper: torch.device) -> None:
+    a, b = torch.randn(256, K, device=hopper).to(dtype), torch.randn(K, 256, device=hopper).to(dtype)
+    assert_bits_equal(lp.matmul(a, b, "hopper_fp16"), torch.mm(a, b, out_dtype=torch.float32))
+
+
 # Known figures.
 
 
