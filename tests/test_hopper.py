@@ -190,6 +190,23 @@ def test_promotion_sums_leaves_in_float32() -> None:
     assert lp.matmul(a.float().half(), b.float().half(), "hopper_fp16").item() == exact
 
 
+def test_products_under_the_model_differentiate_batch_and_compile() -> None:
+    a, b = (torch.randn(*shape).bfloat16().requires_grad_() for shape in ((3, 5, 64), (64, 7)))
+    y = lp.matmul(a, b, "hopper_fp16@32:fp32", dtype=torch.bfloat16)
+    dy = torch.randn_like(y)
+    da, db = torch.autograd.grad(y, (a, b), dy)
+    assert_bits_equal(da, lp.matmul(dy, b.detach().mT, "hopper_fp16@32:fp32", dtype=torch.bfloat16))
+    both = a.detach().flatten(0, 1).mT, dy.flatten(0, 1)
+    assert_bits_equal(db, lp.matmul(*both, "hopper_fp16@32:fp32", dtype=torch.bfloat16))
+
+    def fp8(x: Tensor, w: Tensor) -> Tensor:
+        return lp.matmul(x, w, "hopper_fp8@32:fp32")
+
+    x, w = a.detach().to(torch.float8_e4m3fn), b.detach().to(torch.float8_e5m2)
+    assert_bits_equal(torch.compile(fp8, fullgraph=True, backend="aot_eager")(x, w), fp8(x, w))
+    assert_bits_equal(torch.func.vmap(fp8, (0, None))(x, w), fp8(x, w))
+
+
 # One engine against another.
 
 
