@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowprec import _ops
 from lowprec.accumulator import HOPPER, LEAVES, Accumulator
-from lowprec.cast import _draw, _hardest, _holds, _names, apply, fields_of, require_float
+from lowprec.cast import QuickApply, _draw, _hardest, _holds, _names, apply, fields_of, require_float
 from lowprec.eager import CONTAINERS
 from lowprec.eager_fused import to_float64
 from lowprec.eager_hopper import DTYPES, FLOAT8
@@ -333,10 +333,10 @@ class Matmul(torch.autograd.Function):
             x.movedim(dim, 0) if isinstance(dim, int) else x.unsqueeze(0)
             for x, dim in zip(args[:2], in_dims[:2], strict=True)
         )
-        return DualMatmul.apply(a, b, *args[2:]), 0  # type: ignore[no-untyped-call]
+        return DualMatmul.apply(a, b, *args[2:]), 0
 
 
-class DualMatmul(Matmul):
+class DualMatmul(QuickApply, Matmul):
     """`Matmul` in forward mode too, which `torch.compile` refuses to trace."""
 
     @staticmethod
@@ -350,7 +350,7 @@ class DualMatmul(Matmul):
         a, b = ctx.saved_tensors[:2]
         da, db = tangents[:2]
         terms = [pair for pair in ((da, b), (a, db)) if pair[0] is not None and pair[1] is not None]
-        products = [DualMatmul.apply(*pair, *ctx.rest) for pair in terms]  # type: ignore[no-untyped-call]
+        products = [DualMatmul.apply(*pair, *ctx.rest) for pair in terms]
         return products[0] if len(products) == 1 else products[0] + products[1]
 
 
@@ -460,10 +460,10 @@ class Sum(torch.autograd.Function):
             return _ops._each(DualSum.apply, info, in_dims, args)
         x, dims, *rest = args
         x = x.movedim(in_dims[0], 0)
-        return DualSum.apply(x, [dim + 1 for dim in dims], *rest), 0  # type: ignore[no-untyped-call]
+        return DualSum.apply(x, [dim + 1 for dim in dims], *rest), 0
 
 
-class DualSum(Sum):
+class DualSum(QuickApply, Sum):
     """`Sum` in forward mode too, which `torch.compile` refuses to trace."""
 
     @staticmethod
@@ -473,7 +473,7 @@ class DualSum(Sum):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return DualSum.apply(tangents[0], *ctx.rest)  # type: ignore[no-untyped-call]
+        return DualSum.apply(tangents[0], *ctx.rest)
 
 
 def _unreduced(sums: Tensor, dims: list[int]) -> Tensor:

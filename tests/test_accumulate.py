@@ -113,7 +113,7 @@ def test_every_mode_and_kind_of_format(fmt: str, mode: Rounding, device: torch.d
             assert_same(found, expected, f"{accumulator} {engine} {a.tolist()}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("text", TREES)
 def test_hundreds_of_terms(text: str, dtype: torch.dtype, device: torch.device) -> None:
     accumulator = Accumulator.parse(text)
@@ -123,7 +123,7 @@ def test_hundreds_of_terms(text: str, dtype: torch.dtype, device: torch.device) 
         assert_same(engine.matmul(a, b, accumulator, 5, 3), expected, f"{accumulator} {engine}")
 
 
-@pytest.mark.parametrize("text", TREES)
+@pytest.mark.parametrize("text", ["1-6-9", "3*1-6-9 stochastic", "chunk101:e4m3fn up/fp32 down"])
 def test_twenty_thousand_terms(text: str, device: torch.device) -> None:
     """Where a compiled kernel does it."""
     accumulator = Accumulator.parse(text)
@@ -159,10 +159,10 @@ def test_exact_sums_of_the_whole_range(device: torch.device) -> None:
 @pytest.mark.parametrize("text", [*TREES, STOCHASTIC])
 def test_the_twin_in_parts_is_the_twin(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     accumulator = Accumulator.parse(text)
-    a, b = torch.randn(2, 3, 11), torch.randn(2, 11, 5)
+    a, b = torch.randn(2, 2, 11), torch.randn(2, 11, 3)
     draws = torch.tensor(7), torch.tensor(8)
     whole = eager_accumulate.matmul(a, b, accumulator, *draws)
-    for size in (1, 7, 40):
+    for size in (1, 7):
         monkeypatch.setattr(eager_accumulate, "_AT_ONCE", size)
         assert_bits_equal(eager_accumulate.matmul(a, b, accumulator, *draws), whole)
 
