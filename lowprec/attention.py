@@ -155,7 +155,9 @@ def multi_head_attention(
     weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight
     query, key, value = _project(roles, query, key, value, weights, in_proj_bias)
     if bias_k is not None and bias_v is not None:
-        key, value = (torch.cat([x, b.repeat(1, batch, 1)]) for x, b in ((key, bias_k), (value, bias_v)))
+        key, value = (
+            torch.cat([x, roles.spread(b, x[:1]).expand_as(x[:1])]) for x, b in ((key, bias_k), (value, bias_v))
+        )
     query, key, value = (x.reshape(x.size(0), batch * num_heads, -1).transpose(0, 1) for x in (query, key, value))
     key, value = key if static_k is None else static_k, value if static_v is None else static_v
     if add_zero_attn:
@@ -167,7 +169,7 @@ def multi_head_attention(
     y, probabilities = _attend(roles, query, key, value, mask, dropout_p if training else 0.0)
     y = linear(roles, F.linear, y.transpose(0, 1).reshape(length, batch, width), out_proj_weight, out_proj_bias)
     y = y if batched else y.squeeze(1)
-    return y, _shown(probabilities, num_heads, average_attn_weights, batched) if need_weights else None
+    return y, _shown(roles, probabilities, num_heads, average_attn_weights, batched) if need_weights else None
 
 
 def _each(function: Callable[[Tensor], Tensor], *xs: Tensor) -> list[Tensor]:
@@ -217,10 +219,15 @@ def _additive(mask: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return F.pad(mask, (0, length - mask.size(-1)))
 
 
-def _shown(probabilities: Tensor, heads: int, average: bool, batched: bool) -> Tensor:
+def _shown(roles: Roles, probabilities: Tensor, heads: int, average: bool, batched: bool) -> Tensor:
     """The weights as the caller asked for them: [N, L, S], or [N, heads, L, S] unless averaged; N if it was given."""
     weights = probabilities.view(-1, heads, *probabilities.shape[1:])
-    weights = weights.mean(1) if average else weights
+    if average:
+        weights = (
+            weights.mean(1)
+            if roles.accumulators.reduction is None
+            else reductions.add_up(roles, torch.mean, weights, 1)
+        )
     return weights if batched else weights.squeeze(0)
 
 

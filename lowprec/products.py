@@ -190,7 +190,8 @@ def _transposed(x: Tensor) -> Tensor:
 
 def embedding(roles: Roles, function: Handler, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The rows of a rounded table; only rows that are looked up get rounded, which gives the same bits."""
-    roles.leave_out(gradient_of_weight_alone=True)
+    if weight.requires_grad and torch.is_grad_enabled():
+        roles.leave_out(gradient_of_weight_alone=True)
     rows = function(input, roles.learnt(weight), *args, **kwargs)
     return roles.rows(rows)
 

@@ -243,25 +243,102 @@ def cross_entropy(
 ) -> Tensor:
     """As `F.cross_entropy` of classes [N, ...]; of probabilities, or smoothed, it is left to torch and noted."""
     if target.is_floating_point() or label_smoothing or size_average is not None or reduce is not None:
-        roles.left_out = True
         rest = (weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        return F.cross_entropy(input, target, *rest)
-    x, classes = _carried(input), 0 if input.dim() == 1 else 1
+        return _left_to_torch(roles, function, input, target, *rest)
+    logs = log_softmax(_how(roles), _carried(input), 0 if input.dim() == 1 else 1)
+    return _likelihood(roles, logs, target, weight, ignore_index, reduction).to(_loss_dtype(input))
+
+
+def nll_loss(
+    roles: Roles,
+    function: Handler,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """As `F.nll_loss`."""
+    if size_average is not None or reduce is not None:
+        return _left_to_torch(roles, function, input, target, weight, size_average, ignore_index, reduce, reduction)
+    return _likelihood(roles, _carried(input), target, weight, ignore_index, reduction).to(_loss_dtype(input))
+
+
+def _likelihood(
+    roles: Roles, logs: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    """The negative logarithms of classes, weighted; in the mean their sum over that of the weights."""
+    classes = 0 if logs.dim() == 1 else 1
     ignored = target == ignore_index
     chosen = target.masked_fill(ignored, 0)
-    scale = x.new_ones(()) if weight is None else weight.to(x.dtype)[chosen]
+    scale = logs.new_ones(()) if weight is None else weight.to(logs.dtype)[chosen]
     scale = scale.expand(target.shape).masked_fill(ignored, 0.0)
-    logs = log_softmax(_how(roles), x, classes).gather(classes, chosen.unsqueeze(classes)).squeeze(classes)
-    losses = (-logs * scale).masked_fill(ignored, 0.0)
-    if reduction != "none":
-        sums = _how(roles).begin(x)
-        total = sums.total(losses.reshape(-1), [0])
-        losses = (total / sums.total(scale.reshape(-1), [0]) if reduction == "mean" else total).reshape(())
-    return losses.to(torch.float32 if _in_autocast(x) and x.dtype != torch.float64 else input.dtype)
+    picked = logs.gather(classes, chosen.unsqueeze(classes)).squeeze(classes)
+    return _reduced(roles, (-picked * scale).masked_fill(ignored, 0.0), scale, reduction)
+
+
+def mse_loss(
+    roles: Roles,
+    function: Handler,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """As `F.mse_loss` of tensors of one shape."""
+    if size_average is not None or reduce is not None or weight is not None or input.shape != target.shape:
+        return _left_to_torch(roles, function, input, target, size_average, reduce, reduction, weight)
+    errors = (_carried(input) - _carried(target)).square()
+    return _reduced(roles, errors, None, reduction).to(_loss_dtype(input, target))
+
+
+def _reduced(roles: Roles, losses: Tensor, scale: Tensor | None, reduction: str) -> Tensor:
+    """Losses as they are, their sum, or their sum over that of their weights, or over their number."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if reduction == "none":
+        return losses
+    sums = _begin(roles, losses)
+    total = sums.total(losses.reshape(-1), [0]).reshape(())
+    if reduction == "sum":
+        return total
+    return total / (losses.numel() if scale is None else sums.total(scale.reshape(-1), [0]).reshape(()))
+
+
+def _loss_dtype(*xs: Tensor) -> torch.dtype:
+    """That of a loss: float32 in autocast, else what its operands come to."""
+    dtype = torch.promote_types(xs[0].dtype, xs[-1].dtype)
+    return torch.float32 if _in_autocast(xs[0]) and dtype != torch.float64 else dtype
 
 
 def _in_autocast(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def adaptive_average(roles: Roles, function: Handler, input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
+    """As `F.adaptive_avg_pool2d` and its kin down to one place; of several, windows may overlap: left to torch."""
+    n = _POOLS[function]
+    sizes = [output_size] * n if isinstance(output_size, int) else list(output_size)
+    if sizes != [1] * n:
+        return _left_to_torch(roles, function, input, output_size)
+    return add_up(roles, torch.mean, input, list(range(-n, 0)), keepdim=True)
+
+
+_POOLS: dict[Handler, int] = {
+    torch.adaptive_avg_pool1d: 1,  # which is that of torch.nn.functional too
+    F.adaptive_avg_pool2d: 2,
+    F.adaptive_avg_pool3d: 3,
+}
+
+
+def _left_to_torch(roles: Roles, function: Handler, *args: object) -> Tensor:
+    roles.left_out = True
+    result: Tensor = function(*args)
+    return result
 
 
 HANDLERS: dict[Handler, tuple[str, Handler]] = {
@@ -272,7 +349,10 @@ HANDLERS: dict[Handler, tuple[str, Handler]] = {
     F.group_norm: ("group_norm", group_norm),
     F.batch_norm: ("batch_norm", batch_norm),
     F.cross_entropy: ("cross_entropy", cross_entropy),
+    F.nll_loss: ("nll_loss", nll_loss),
+    F.mse_loss: ("mse_loss", mse_loss),
 }
+HANDLERS |= {function: (f"adaptive_avg_pool{n}d", adaptive_average) for function, n in _POOLS.items()}
 HANDLERS |= {place.softmax: ("softmax", _along(softmax)) for place in (torch, Tensor, F)}
 HANDLERS |= {place.log_softmax: ("log_softmax", _along(log_softmax)) for place in (torch, Tensor, F)}
 HANDLERS |= {getattr(place, name): (name, add_up) for name in ("sum", "mean") for place in (torch, Tensor)}

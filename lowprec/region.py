@@ -156,7 +156,8 @@ class Region(TorchFunctionMode):
 
     def note(self, name: str, x: Tensor) -> None:
         """Count a call of an op, as the report names it, that rounds by itself and sums its products, but these alone,
-        as the policy says."""
+        as the policy says.
+        """
         self._roles(KINDS.index(name), x)
         if self.accumulators.reduction is not None:
             self.leave_out(name)
