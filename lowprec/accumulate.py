@@ -394,10 +394,15 @@ def _carry(x: Tensor, carrier: torch.dtype) -> Tensor:
 
 
 def _round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A result in another dtype, rounded to nearest even; once, where torch goes from float64 by way of float32."""
-    if x.dtype == torch.float64 and dtype in (torch.float16, torch.bfloat16):
-        x = apply(x, fields_of(dtype), Rounding.nearest_even.number, False, None, None, 32)
-    return x.to(dtype)
+    """A result in another dtype, rounded to nearest even: from float64 once, where torch goes by way of float32."""
+    if torch.float64 not in (x.dtype, dtype):
+        return x.to(dtype)
+    if dtype == torch.float64:
+        return to_float64(x)
+    fields = fields_of(dtype)
+    codes = _ops.encode(x, fields, Rounding.nearest_even.number, False, None, None, 32)
+    rounded: Tensor = _ops.decode(codes, fields, dtype)
+    return rounded
 
 
 def _split(x: Tensor, dy: Tensor) -> tuple[list[int], list[int]]:
@@ -451,7 +456,9 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        dx = _round_to(_unreduced(dy, ctx.dims).expand(ctx.shape), ctx.dtype)
+        if dy.dtype == torch.float64 and ctx.dtype.itemsize == 2:  # see `_round_to`; this has a gradient itself
+            dy = apply(dy, fields_of(ctx.dtype), Rounding.nearest_even.number, False, None, None, 32)
+        dx = _unreduced(dy, ctx.dims).expand(ctx.shape).to(ctx.dtype)
         return (dx, None, None, None, None, None)
 
     @staticmethod

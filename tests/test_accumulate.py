@@ -182,6 +182,25 @@ def test_flush_to_zero_changes_nothing(text: str) -> None:
         assert_bits_equal(one, other)
 
 
+def test_flush_to_zero_changes_no_conversion() -> None:
+    """Between float32, whose subnormals these are, and float64."""
+    x, one = torch.tensor([3.0, -5.0]) * 2.0**-149, torch.ones(2, dtype=torch.float64)
+    wide = x.double()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals")
+    try:
+        found = [
+            lp.matmul(wide, one, "1-5-9:bias=141", dtype=torch.float32),
+            lp.sum(wide, 0, "1-5-9:bias=141", dtype=torch.float32),
+            lp.matmul(x, one, "1-5-9:bias=141"),
+            lp.sum(x, 0, "1-5-9:bias=141", dtype=torch.float64),
+        ]
+    finally:
+        torch.set_flush_denormal(False)
+    assert [each.dtype for each in found] == [torch.float32] * 2 + [torch.float64] * 2
+    assert [each.item() for each in found] == [-(2.0**-148)] * 4
+
+
 # What accumulators are for.
 
 
@@ -481,6 +500,10 @@ def test_the_gradient_of_a_sum_reaches_every_term(device: torch.device) -> None:
             (found,) = torch.autograd.grad(sums, x, dy)
             (expected,) = torch.autograd.grad(x.sum(dim, keepdim=keepdim), x, dy.to(dtype))
             assert_bits_equal(found, expected)
+    x = torch.ones(2, device=device, dtype=torch.float16, requires_grad=True)
+    dy = torch.tensor(1 + 2.0**-11 + 2.0**-40, device=device, dtype=torch.float64)  # above a midpoint of float16
+    (found,) = torch.autograd.grad(lp.sum(x, 0, "1-6-9", dtype=torch.float64), x, dy)
+    assert found.tolist() == [1 + 2.0**-10] * 2
 
 
 # Under torch's transforms.
