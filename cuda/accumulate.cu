@@ -6,7 +6,7 @@
 
 #include "lowprec/accumulate_kernel.h"
 #include "lowprec/accumulate_ops.h"
-#include "lowprec/accumulate_tiles.h"
+#include "lowprec/accumulate_plan.h"
 #include "lowprec/launch.h"
 
 namespace lowprec {

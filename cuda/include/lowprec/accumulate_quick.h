@@ -17,6 +17,7 @@ namespace lowprec {
 /// The constants of a level's format and rounding on float32's bits.
 struct QuickRound {
   bool usable;        // whether the quick ways give the level's results for numbers that are finite
+  int mode;           // by its place in Python's `Rounding`; up in place of down
   bool nearest_even;  // with subnormals: it has the quickest ways
   bool random;
   int digits;           // significand bits p, the leading one included
@@ -28,21 +29,21 @@ struct QuickRound {
   float largest;        // finite value
   uint32_t over;        // bits of what a sum beyond it becomes, where it is positive (after the negation)
   uint32_t under;       // and where it is negative
-  bool saturates;       // both are the largest value
+  bool saturates;       // no sum is ever infinite
   bool infinite_nan;    // whether infinity stands for NaN
   bool minus_zero;      // whether the format has -0
   uint32_t one, minus;  // 1 and -1, which the compiler does not know
-  // What modes add before the last bits go: always, to negative numbers, where the last bit that stays is set. Numbers
-  // below the smallest normal value may have more bits to go.
+  // What modes add before the last bits go: always, to negative numbers, where the last bit that stays is set.
   uint32_t always, negative, odd;
-  uint32_t small_mask, small_always, small_negative, small_odd;
+  bool gap;  // no subnormals: the bits up to which numbers go to zero
+  uint32_t most_to_zero, most_to_minus_zero;
 
   QuickRound() = default;
   explicit QuickRound(const LevelSpec& level) {
     const Format& format = level.format;
     const Grid grid = Grid::of(format, Float32{});
     const bool down = level.rounding == 4;
-    const int mode = down ? 3 : level.rounding;
+    mode = down ? 3 : level.rounding;
     const bool saturate = level.saturate || format.specials == Specials::finite;
     const int drop = Float32::fraction_bits - grid.mantissa_bits;
     random = mode == 6;
@@ -63,19 +64,16 @@ struct QuickRound {
     const uint32_t top = as_bits(largest);
     over = saturate || !(infinity || mode == 3) ? top : Float32::infinity;
     under = saturate || !infinity ? top : Float32::infinity;
-    saturates = over == top && under == top;
+    saturates = saturate;
     infinite_nan = !saturate && !format.has_infinity();
     minus_zero = format.has_negative_zero();
-    add(mode, mask, always, negative, odd);
-    small_mask = format.subnormals ? mask : (1u << Float32::fraction_bits) - 1;
-    add(mode, small_mask, small_always, small_negative, small_odd);
-  }
-
- private:
-  static void add(int mode, uint32_t mask, uint32_t& always, uint32_t& negative, uint32_t& odd) {
-    always = mode == 0 ? mask / 2 : mode == 1 ? mask / 2 + 1 : mode == 3 || mode == 5 ? mask : 0;
+    always = mode == 0 ? half - 1 : mode == 1 ? half : mode == 3 || mode == 5 ? mask : 0;
     negative = mode == 3 ? 0u - mask : 0;
     odd = mode == 0 ? 1 : mode == 5 ? 0u - mask : 0;
+    gap = !format.subnormals;
+    constexpr uint32_t middle = 1u << (Float32::fraction_bits - 1), all = 2 * middle - 1;
+    most_to_zero = mode == 0 ? middle : mode == 1 ? middle - 1 : mode == 2 ? all : 0;
+    most_to_minus_zero = mode == 3 ? all : most_to_zero;
   }
 };
 
@@ -215,51 +213,84 @@ struct LimitedWay {
   }
 };
 
-/// A sum rounded to odd: its last bit also stands for all that lies below. Infinite only if s is.
+/// What a sum past the largest value becomes. Infinite ones are so already: no sum of finite numbers here is.
+LOWPREC_DEVICE uint32_t limited(const QuickRound& to, uint32_t bits) {
+  const uint32_t sign = bits & Float32::sign, size = bits ^ sign;
+  const uint32_t past = sign | (sign ? to.under : to.over);
+  return (size > as_bits(to.largest)) & (size != Float32::infinity || to.saturates) ? past : bits;
+}
+
+/// A mode for which one float32 sum, rounded in the right direction, decides. `kLimited`: of any sums, not only those
+/// in range.
+template <int kWidth, class Mode, bool kLimited>
+struct ModeWay {
+  QuickRound to;
+  LOWPREC_DEVICE explicit ModeWay(const QuickRound& to) : to(to) {}
+  LOWPREC_DEVICE void operator()(float a, const float (&b)[kWidth], float (&s)[kWidth]) const {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const uint32_t rounded = Mode::round(to, a, b[j], s[j]);
+      s[j] = as_float(kLimited ? limited(to, rounded) : rounded);
+    }
+  }
+};
+
+/// Cutting off twice is cutting off once.
+struct ModeTowardZero {
+  static LOWPREC_DEVICE uint32_t round(const QuickRound& to, float a, float b, float s) {
+    return as_bits(__fmaf_rz(a, b, s)) & ~to.mask;
+  }
+};
+
+/// Whether half a spacing is reached is to be seen in what rounding toward zero leaves.
+struct ModeNearestAway {
+  static LOWPREC_DEVICE uint32_t round(const QuickRound& to, float a, float b, float s) {
+    return (as_bits(__fmaf_rz(a, b, s)) * to.one + to.half) & ~to.mask;
+  }
+};
+
+/// Rounding up twice is rounding up once.
+struct ModeUp {
+  static LOWPREC_DEVICE uint32_t round(const QuickRound& to, float a, float b, float s) {
+    const uint32_t sum = as_bits(__fmaf_ru(a, b, s));
+    const uint32_t minus = static_cast<uint32_t>(static_cast<int32_t>(sum) >> 31);
+    return ((~minus & to.mask) * to.one + sum) & ~to.mask;
+  }
+};
+
+/// A sum rounded to odd: its last bit also stands for all that lies below.
 LOWPREC_DEVICE uint32_t sum_to_odd(float a, float b, float s) {
   const uint32_t below = as_bits(__fmaf_rd(a, b, s));
   const uint32_t above = as_bits(__fmaf_ru(a, b, s));
   return below & 1 ? below : above;
 }
 
-/// Every deterministic mode, with subnormals, of sums in range.
-template <int kWidth>
-struct DirectedWay {
-  uint32_t always, negative, odd, unit, mask;
-  LOWPREC_DEVICE explicit DirectedWay(const QuickRound& to)
-      : always(to.always), negative(to.negative), odd(to.odd), unit(to.unit), mask(to.mask) {}
-  LOWPREC_DEVICE void operator()(float a, const float (&b)[kWidth], float (&s)[kWidth]) const {
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      const uint32_t sum = sum_to_odd(a, b[j], s[j]);
-      const uint32_t sign = static_cast<uint32_t>(static_cast<int32_t>(sum) >> 31);
-      const uint32_t carried = sum + always + (sign & negative) + ((sum & unit) != 0 ? odd : 0);
-      s[j] = as_float(carried & ~mask);
-    }
+struct ModeToOdd {
+  static LOWPREC_DEVICE uint32_t round(const QuickRound& to, float a, float b, float s) {
+    const uint32_t sum = sum_to_odd(a, b, s);
+    return (sum & to.mask) != 0 ? (sum & ~to.mask) | to.unit : sum;
   }
 };
 
-/// Every deterministic mode, with or without subnormals, any sums.
-template <int kWidth>
-struct AnyWay {
-  QuickRound to;
-  LOWPREC_DEVICE explicit AnyWay(const QuickRound& to) : to(to) {}
-  LOWPREC_DEVICE void operator()(float a, const float (&b)[kWidth], float (&s)[kWidth]) const {
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) s[j] = (*this)(sum_to_odd(a, b[j], s[j]));
+/// Every deterministic mode of formats with or without subnormals.
+struct ModeAny {
+  static LOWPREC_DEVICE uint32_t round(const QuickRound& to, float a, float b, float s) {
+    return round(to, sum_to_odd(a, b, s));
   }
 
-  LOWPREC_DEVICE float operator()(uint32_t sum) const {
-    const bool small = (sum & ~Float32::sign) < 1u << Float32::fraction_bits;
-    const uint32_t mask = small ? to.small_mask : to.mask;
-    uint32_t carried = sum + (small ? to.small_always : to.always);
-    if (static_cast<int32_t>(sum) < 0) carried += small ? to.small_negative : to.negative;
-    if ((sum & (mask + 1)) != 0) carried += small ? to.small_odd : to.odd;
-    const uint32_t rounded = carried & ~mask, sign = rounded & Float32::sign;
-    const uint32_t past = (sum & ~Float32::sign) == Float32::infinity && !to.saturates ? Float32::infinity
-                          : sign                                                       ? to.under
-                                                                                       : to.over;
-    return fabsf(as_float(rounded)) > to.largest ? as_float(past | sign) : as_float(rounded);
+  static LOWPREC_DEVICE uint32_t round(const QuickRound& to, uint32_t sum) {
+    const uint32_t minus = static_cast<uint32_t>(static_cast<int32_t>(sum) >> 31);
+    const uint32_t carried = sum + to.always + (minus & to.negative) + ((sum & to.unit) != 0 ? to.odd : 0);
+    return to.gap ? close(to, sum, carried & ~to.mask) : carried & ~to.mask;
+  }
+
+ private:
+  /// Without subnormals there is nothing between zero and the smallest normal value.
+  static LOWPREC_DEVICE uint32_t close(const QuickRound& to, uint32_t sum, uint32_t rounded) {
+    constexpr uint32_t smallest = 1u << Float32::fraction_bits;
+    const uint32_t sign = sum & Float32::sign, size = sum ^ sign;
+    const uint32_t closed = sign | (size > (sign ? to.most_to_minus_zero : to.most_to_zero) ? smallest : 0);
+    return size < smallest ? closed : rounded;
   }
 };
 

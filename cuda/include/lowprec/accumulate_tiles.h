@@ -48,10 +48,21 @@ struct Lines {
   float scale;    // by which elements are multiplied
   float inverse;  // and by which they are brought back
 
+  /// Whether neighbouring terms lie closer than neighbouring lines.
+  LOWPREC_DEVICE bool by_terms() const { return term_stride == 1 || (line_stride != 1 && term_stride < line_stride); }
+
   LOWPREC_DEVICE uint32_t read(int64_t batch, int64_t line, int64_t term) const {
     if (line >= lines || term >= terms) return 0;
     return of.read<Float32>(batch * batch_stride + line * line_stride + term * term_stride);
   }
+};
+
+/// Which part of an operand a tile holds.
+struct PackedAt {
+  int64_t batch, block, depth;
+
+  LOWPREC_DEVICE PackedAt(int64_t tile, const Packed& of)
+      : batch(tile / of.depths / of.blocks), block(tile / of.depths % of.blocks), depth(tile % of.depths) {}
 };
 
 /// Digits of a float32's significand.
@@ -64,14 +75,14 @@ __global__ void __launch_bounds__(kTileThreads) pack_kernel(const Lines from, co
   __shared__ uint32_t elements[kDepth][kTile + 1];
   __shared__ TileNotes notes;
   for (int64_t tile = blockIdx.x; tile < to.count(); tile += gridDim.x) {
-    const int64_t depth = tile % to.depths, block = tile / to.depths % to.blocks, batch = tile / to.depths / to.blocks;
-    const bool by_terms = from.term_stride == 1 || (from.line_stride != 1 && from.term_stride < from.line_stride);
+    const PackedAt at(tile, to);
+    const bool by_terms = from.by_terms();
     if (threadIdx.x == 0) notes = {};
     __syncthreads();
     TileNotes mine{};
     for (int i = threadIdx.x; i < kTileSize; i += kTileThreads) {
       const int term = by_terms ? i % kDepth : i / kTile, line = by_terms ? i / kDepth : i % kTile;
-      const uint32_t bits = from.read(batch, block * kTile + line, depth * kDepth + term);
+      const uint32_t bits = from.read(at.batch, at.block * kTile + line, at.depth * kDepth + term);
       const float scaled = as_float(bits) * from.scale;
       const uint32_t magnitude = as_bits(scaled) & ~Float32::sign;
       elements[term][line] = bits;
@@ -145,23 +156,26 @@ struct Product {
   int64_t batches, rows, columns, terms;
 };
 
-/// A thread's outputs: rows and columns of a tile, in runs of four.
-template <int kSide>
+/// A thread's outputs: kSide rows and columns of a tile, in runs of kRun.
+template <int kSide, int kRun = 4>
 struct Share {
+  static constexpr int side = kSide;
   static constexpr int tile = 16 * kSide;
   static constexpr int outputs = kSide * kSide;
   using Sums = float[kSide][kSide];
+  using Values = float[outputs];
 
   int row, column;       // of the first output in the tile
   int64_t first_output;  // of all of the product's
   int64_t columns;
+  int64_t left_rows, left_columns;  // from the first output to the edge
 
   LOWPREC_DEVICE Share() {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    row = (warp / 2 * 4 + lane / 8) * 4;
-    column = (warp % 2 * 8 + lane % 8) * 4;
+    row = (warp / 2 * 4 + lane / 8) * kRun;
+    column = (warp % 2 * 8 + lane % 8) * kRun;
   }
-  static LOWPREC_DEVICE int run(int i) { return i % 4 + i / 4 * 64; }
+  static LOWPREC_DEVICE int run(int i) { return i % kRun + i / kRun * 16 * kRun; }
   LOWPREC_DEVICE int64_t output(int i, int j) const { return first_output + run(i) * columns + run(j); }
 };
 
@@ -210,8 +224,22 @@ LOWPREC_DEVICE float largest_of(const float (&s)[kSide][kSide]) {
 
 /// What a kernel's ways need besides: nothing.
 struct NoState {
-  template <class Ways>
-  LOWPREC_DEVICE explicit NoState(const Ways&) {}
+  LOWPREC_DEVICE explicit NoState(const SumWords&) {}
+};
+
+/// One rounding by the way that every level can take, of a sum or of a group's first input.
+static __device__ __noinline__ float round_sum(const SumPlan<Float32>& plan, int level, bool first, float partial,
+                                               const Term<Float32>& term, uint32_t word) {
+  const SumRounder<Float32>& round = plan.level[level];
+  return as_float(static_cast<uint32_t>(first ? round.first(term, word) : round.next(as_bits(partial), term, word)));
+}
+
+/// What sums are part of.
+template <class To>
+struct Context {
+  const Product& of;
+  const SumPlan<Float32>& plan;
+  const To& share;
 };
 
 /// IEEE single precision.
@@ -222,7 +250,7 @@ struct SingleWays {
 
   QuickRound to;
 
-  LOWPREC_DEVICE bool add(const Terms& terms, const To&, const State&, float&, To::Sums& s) const {
+  LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>&, const State&, float&, To::Sums& s) const {
     add_rows(SingleWay<side>(), terms, s);
     return true;
   }
@@ -237,7 +265,7 @@ struct NearestWays {
   QuickRound to;
   WayRules rules;
 
-  LOWPREC_DEVICE bool add(const Terms& terms, const To&, const State&, float& most, To::Sums& s) const {
+  LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>&, const State&, float& most, To::Sums& s) const {
     const TileNotes &a = terms.a_notes, &b = terms.b_notes;
     if (a.odd | b.odd) return false;
     const int digits = digits_of(a) + digits_of(b);
@@ -264,21 +292,178 @@ struct DirectedWays {
   QuickRound to;
   WayRules rules;
 
-  LOWPREC_DEVICE bool add(const Terms& terms, const To&, const State&, float& most, To::Sums& s) const {
+  LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>&, const State&, float& most, To::Sums& s) const {
     if (terms.a_notes.odd | terms.b_notes.odd) return false;
     const bool within = rules.within(terms.a_notes, terms.b_notes, most, [&] { return largest_of(s); });
-    within&& to.mask == to.small_mask ? add_rows(DirectedWay<side>(to), terms, s)
-                                      : add_rows(AnyWay<side>(to), terms, s);
+    if (to.gap) {
+      within ? add_rows(ModeWay<side, ModeAny, false>(to), terms, s)
+             : add_rows(ModeWay<side, ModeAny, true>(to), terms, s);
+    } else {
+      within ? add_terms<false>(terms, s) : add_terms<true>(terms, s);
+    }
     return true;
+  }
+
+ private:
+  template <bool kLimited>
+  LOWPREC_DEVICE void add_terms(const Terms& terms, To::Sums& s) const {
+    switch (to.mode) {
+      case 1:
+        return add_rows(ModeWay<side, ModeNearestAway, kLimited>(to), terms, s);
+      case 2:
+        return add_rows(ModeWay<side, ModeTowardZero, kLimited>(to), terms, s);
+      case 3:
+        return add_rows(ModeWay<side, ModeUp, kLimited>(to), terms, s);
+      default:
+        return add_rows(ModeWay<side, ModeToOdd, kLimited>(to), terms, s);
+    }
   }
 };
 
-/// One rounding by the way that every level can take, of a sum or of a group's first input.
-static __device__ __noinline__ float round_sum(const SumPlan<Float32>& plan, int level, bool first, float partial,
-                                               const Term<Float32>& term, uint32_t word) {
-  const SumRounder<Float32>& round = plan.level[level];
-  return as_float(static_cast<uint32_t>(first ? round.first(term, word) : round.next(as_bits(partial), term, word)));
-}
+/// Random words by a key schedule in registers, of a whole group at a time.
+struct WordState {
+  static constexpr int rounds = 10;
+  uint32_t key[rounds][2];
+  uint32_t third, fourth;  // words of the counter
+  int64_t roundings;
+
+  LOWPREC_DEVICE explicit WordState(const SumWords& words)
+      : third(low_half(words.offset)), fourth(high_half(words.offset)), roundings(words.roundings) {
+    key[0][0] = low_half(words.seed), key[0][1] = high_half(words.seed);
+#pragma unroll
+    for (int i = 1; i < rounds; ++i) key[i][0] = key[i - 1][0] + 0x9E3779B9u, key[i][1] = key[i - 1][1] + 0xBB67AE85u;
+#pragma unroll
+    for (int i = 0; i < 2 * rounds; ++i) asm("" : "+r"(key[i / 2][i % 2]));  // not to be worked out again and again
+  }
+
+  /// As philox(seed, offset, group).
+  LOWPREC_DEVICE Words of(uint64_t group) const {
+    uint32_t c0 = low_half(group), c1 = high_half(group), c2 = third, c3 = fourth;
+#pragma unroll
+    for (int i = 0; i < rounds; ++i) {
+      const uint64_t first = multiply(c0, 0xD2511F53u), second = multiply(c2, 0xCD9E8D57u);
+      c0 = high_half(second) ^ c1 ^ key[i][0];
+      c1 = low_half(second);
+      c2 = high_half(first) ^ c3 ^ key[i][1];
+      c3 = low_half(first);
+    }
+    return {{c0, c1, c2, c3}};
+  }
+};
+
+/// Stochastic rounding of sums, four terms of an output at a time.
+///
+/// A sum rounded toward zero has the first digits of the fraction. A word with as many digits goes up or not by their
+/// sum, whatever the rest of both, unless all digits of that are ones: then `settle` decides.
+struct RandomWays {
+  static constexpr int side = 4;
+  static constexpr int group = 4;
+  using State = WordState;
+  using To = Share<side>;
+
+  /// Terms of one output, with the words of their roundings.
+  struct Step {
+    float a, b;
+    uint32_t word;
+  };
+  template <int kSteps>
+  struct Steps {
+    Step at[kSteps];
+  };
+
+  QuickRound to;
+  WayRules rules;
+
+  LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>& in, const State& words, float& most,
+                          To::Sums& s) const {
+    if (terms.a_notes.odd | terms.b_notes.odd) return false;
+    rules.within(terms.a_notes, terms.b_notes, most, [&] { return largest_of(s); })
+        ? add_groups<false>(terms, in, words, s)
+        : add_groups<true>(terms, in, words, s);
+    return true;
+  }
+
+ private:
+  template <bool kLimited>
+  LOWPREC_DEVICE void add_groups(const Terms& terms, const Context<To>& in, const State& words, To::Sums& s) const {
+    const bool aligned = (words.roundings | terms.first) % group == 0;
+    int k = 0;
+    if (aligned) {
+#pragma unroll 1
+      for (; k + group <= terms.count; k += group) add_steps<kLimited, group>(terms, k, in, words, s);
+    }
+#pragma unroll 1
+    for (; k < terms.count; ++k) add_steps<kLimited, 1>(terms, k, in, words, s);
+  }
+
+  template <bool kLimited, int kSteps>
+  LOWPREC_DEVICE void add_steps(const Terms& terms, int k, const Context<To>& in, const State& words,
+                                To::Sums& s) const {
+    float x[kSteps][side], y[kSteps][side];
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) {
+      read_side(terms.a + (k + t) * To::tile, x[t]);
+      read_side(terms.b + (k + t) * To::tile, y[t]);
+    }
+    // Two outputs at once, since every draw and every sum waits for the one before.
+    constexpr int both = kSteps == 1 ? 1 : 2;
+#pragma unroll
+    for (int at = 0; at < To::outputs; at += both) {
+      Steps<kSteps> steps[both];
+      float sum[both];
+      bool doubt = false;
+#pragma unroll
+      for (int n = 0; n < both; ++n) {
+        const int i = at / side, j = at % side + n;
+        const auto index = static_cast<uint64_t>(in.share.output(i, j) * words.roundings + terms.first + k);
+        const Words drawn = words.of(index / group);
+        sum[n] = s[i][j];
+#pragma unroll
+        for (int t = 0; t < kSteps; ++t) {
+          const uint32_t word = kSteps == 1 ? select(drawn, static_cast<int>(index % group)) : drawn.word[t];
+          steps[n].at[t] = {x[t][i], y[t][j], word};
+          sum[n] = step<kLimited>(steps[n].at[t], sum[n], doubt);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < both; ++n) {
+        float& to_sum = s[at / side][at % side + n];
+        if (doubt) [[unlikely]]
+          sum[n] = settle(to, in, to_sum, steps[n]);
+        to_sum = sum[n];
+      }
+    }
+  }
+
+  template <bool kLimited>
+  LOWPREC_DEVICE float step(const Step& by, float s, bool& doubt) const {
+    const uint32_t carried = __umulhi(by.word, to.unit) + as_bits(__fmaf_rz(by.a, by.b, s));
+    doubt |= (~carried & to.mask) == 0;
+    const float rounded = as_float(carried & ~to.mask);
+    return kLimited && fabsf(rounded) > to.largest ? as_float((carried & Float32::sign) | to.over) : rounded;
+  }
+
+  template <int kSteps>
+  static __device__ __noinline__ float settle(const QuickRound& to, const Context<To>& in, float s,
+                                              const Steps<kSteps> steps) {
+#pragma unroll 1
+    for (int t = 0; t < kSteps; ++t) s = settle(to, in, s, steps.at[t]);
+    return s;
+  }
+
+  static LOWPREC_DEVICE float settle(const QuickRound& to, const Context<To>& in, float s, const Step& by) {
+    const uint32_t carried = __umulhi(by.word, to.unit) + as_bits(__fmaf_rz(by.a, by.b, s));
+    float sum = as_float(carried & ~to.mask);
+    if ((~carried & to.mask) == 0 && __fmaf_rd(by.a, by.b, s) != __fmaf_ru(by.a, by.b, s)) {
+      const Product& of = in.of;
+      const Term<Float32> term = in.plan.products(as_bits(by.a * of.unscale_a), as_bits(by.b * of.unscale_b));
+      sum = round_sum(in.plan, 0, false, s * of.unscale_a * of.unscale_b, term, by.word);
+      if (sum != sum) sum = as_float(Float32::infinity | (as_bits(s) & Float32::sign));  // in its place meanwhile
+      sum = sum * of.scale_a * of.scale_b;
+    }
+    return fabsf(sum) > to.largest ? as_float((as_bits(sum) & Float32::sign) | to.over) : sum;
+  }
+};
 
 /// How the levels above the first one add, and where they can do it quickly.
 struct Upper {
@@ -294,15 +479,84 @@ struct Tower {
 
 /// The sums of all stages but the first, and how far each stage is. They are in memory, apart from what is in
 /// registers.
-template <int kOutputs>
-struct UpperSums {
-  float partial[kUpper][kOutputs];
-  int64_t taken[kUpper];  // inputs of the present group
-  int64_t done[kUpper];   // all inputs so far
+template <class To>
+class UpperSums {
+ public:
+  static constexpr int count = To::outputs;
+  using Values = typename To::Values;
 
-  LOWPREC_DEVICE UpperSums() {
-    for (int i = 0; i < kUpper; ++i) taken[i] = done[i] = 0;
+  LOWPREC_DEVICE UpperSums(const Context<To>& in, const Tower& tower, const SumWords& words)
+      : in_(in), tower_(tower), words_(words) {
+    for (int i = 0; i < kUpper; ++i) taken_[i] = done_[i] = 0;
   }
+
+  /// Add inputs to the stage i above the first one, and what that completes to the stages above.
+  LOWPREC_DEVICE void add(int i, Values& values) {
+    for (;; ++i) {
+      const Stage& stage = in_.plan.tree.stage[i + 1];
+      add_to(i, stage, values);
+      ++done_[i];
+      if (++taken_[i] < stage.fan_in || i + 2 == in_.plan.tree.stages) return;
+      taken_[i] = 0;
+      read(i, values);
+    }
+  }
+
+  /// The results, after groups that are short have ended.
+  LOWPREC_DEVICE void finish(Values& values) {
+    const int top = in_.plan.tree.stages - 2;
+    for (int i = 0; i < top; ++i) {
+      if (taken_[i] == 0) continue;
+      taken_[i] = 0;
+      read(i, values);
+      add(i + 1, values);
+    }
+    read(top, values);
+  }
+
+ private:
+  LOWPREC_DEVICE void read(int i, Values& values) const {
+#pragma unroll 1
+    for (int at = 0; at < count; ++at) values[at] = partial_[i][at];
+  }
+
+  LOWPREC_DEVICE void add_to(int i, const Stage& stage, const Values& values) {
+    const Upper& upper = tower_.level[i];
+    const bool first = taken_[i] == 0;
+    if (upper.single) {
+#pragma unroll
+      for (int at = 0; at < count; ++at) partial_[i][at] = first ? values[at] : __fadd_rn(partial_[i][at], values[at]);
+      return;
+    }
+#pragma unroll 1
+    for (int at = 0; at < count; ++at) {
+      const float x = values[at], partial = partial_[i][at];
+      if (upper.quick && fabsf(x) < as_float(Float32::infinity) &&
+          (first || fabsf(partial) < as_float(Float32::infinity))) {
+        partial_[i][at] = quick(upper.to, first ? -0.0f : partial, x);
+      } else {
+        const uint32_t word = in_.plan.level[stage.level].random
+                                  ? words_(in_.share.output(at / To::side, at % To::side), stage.first + done_[i])
+                                  : 0;
+        partial_[i][at] = round_sum(in_.plan, stage.level, first, partial, term_of<Float32>(as_bits(x)), word);
+      }
+    }
+  }
+
+  LOWPREC_DEVICE float quick(const QuickRound& to, float partial, float x) const {
+    const Product& of = in_.of;
+    const float s = partial * of.scale_a * of.scale_b, t = x * of.scale_a * of.scale_b;
+    const float sum = as_float(limited(to, ModeAny::round(to, 1.0f, t, s)));
+    if (to.infinite_nan && fabsf(sum) == as_float(Float32::infinity)) return as_float(Float32::quiet_nan);
+    return sum == 0 && !to.minus_zero ? 0.0f : sum * of.unscale_a * of.unscale_b;
+  }
+
+  const Context<To>& in_;
+  const Tower& tower_;
+  const SumWords& words_;
+  float partial_[kUpper][count];
+  int64_t taken_[kUpper];  // inputs of the present group
+  int64_t done_[kUpper];   // all inputs so far
 };
 
 /// A thread's outputs while their terms come.
@@ -311,39 +565,34 @@ class TileSums {
  public:
   static constexpr int side = Ways::side;
   using To = Share<side>;
-  using Sums = typename To::Sums;
+  using Values = typename To::Values;
 
-  LOWPREC_DEVICE TileSums(const Product& of, const Ways& ways, const SumPlan<Float32>& plan, const Tower& tower,
-                          const SumWords& words, const To& share, UpperSums<To::outputs>& upper)
-      : of_(of), ways_(ways), plan_(plan), tower_(tower), words_(words), share_(share), upper_(upper), state_(ways) {
+  LOWPREC_DEVICE TileSums(const Ways& ways, const Context<To>& in, const SumWords& words, UpperSums<To>& upper)
+      : ways_(ways), in_(in), words_(words), upper_(upper), state_(words) {
     begin();
   }
 
   /// Add terms in order.
   LOWPREC_DEVICE void add(Terms terms) {
-    const int64_t fan_in = plan_.tree.stage[0].fan_in;
+    const Tree& tree = in_.plan.tree;
     int left = terms.count;
     while (left > 0) {
-      terms.count = fan_in - added_ < left ? static_cast<int>(fan_in - added_) : left;
-      if (!ways_.add(terms, share_, state_, most_, s_)) add_any(terms);
+      const int64_t free = tree.stage[0].fan_in - added_;
+      terms.count = free < left ? static_cast<int>(free) : left;
+      if (!ways_.add(terms, in_, state_, most_, s_)) add_any(terms);
       added_ += terms.count;
       left -= terms.count;
       terms.a += terms.count * To::tile;
       terms.b += terms.count * To::tile;
       terms.first += terms.count;
-      if (added_ == fan_in && plan_.tree.stages > 1) rise();
+      if (free == terms.count && tree.stages > 1) rise();
     }
   }
 
-  LOWPREC_DEVICE void write(float* out, int rows, int columns) {
-    if (plan_.tree.stages > 1) return write_upper(out, rows, columns);
-#pragma unroll
-    for (int i = 0; i < side; ++i) {
-#pragma unroll
-      for (int j = 0; j < side; ++j) {
-        if (To::run(i) < rows && To::run(j) < columns) out[share_.output(i, j)] = value(i, j);
-      }
-    }
+  LOWPREC_DEVICE void finish(Values& values) {
+    if (in_.plan.tree.stages == 1) return read(values);
+    if (added_ > 0) rise();
+    upper_.finish(values);
   }
 
  private:
@@ -355,124 +604,63 @@ class TileSums {
     most_ = 0;
   }
 
-  /// A sum of the first stage as it is.
+  /// A sum as it is.
   LOWPREC_DEVICE float value(int i, int j) const {
     const float s = s_[i][j];
     if ((nan_ >> (i * side + j) & 1) || (ways_.to.infinite_nan && fabsf(s) == as_float(Float32::infinity))) {
       return as_float(Float32::quiet_nan);
     }
-    return s == 0 && !ways_.to.minus_zero ? 0.0f : s * of_.unscale_a * of_.unscale_b;
+    return s == 0 && !ways_.to.minus_zero ? 0.0f : s * in_.of.unscale_a * in_.of.unscale_b;
   }
 
-  LOWPREC_DEVICE void read_values(float (&values)[To::outputs]) const {
+  LOWPREC_DEVICE void read(Values& values) const {
 #pragma unroll
     for (int i = 0; i < To::outputs; ++i) values[i] = value(i / side, i % side);
   }
 
   /// By the way that is always right. The sums are in memory meanwhile, so that the code is there but once.
   LOWPREC_DEVICE void add_any(const Terms& terms) {
-    float values[To::outputs];
-    read_values(values);
-    const float left = terms.a_notes.odd ? 1.0f : of_.unscale_a, right = terms.b_notes.odd ? 1.0f : of_.unscale_b;
+    const Product& of = in_.of;
+    Values values;
+    read(values);
+    const float left = terms.a_notes.odd ? 1.0f : of.unscale_a, right = terms.b_notes.odd ? 1.0f : of.unscale_b;
 #pragma unroll 1
     for (int k = 0; k < terms.count; ++k) {
 #pragma unroll 1
       for (int at = 0; at < To::outputs; ++at) {
         const int i = at / side, j = at % side;
         const float x = terms.a[k * To::tile + To::run(i)] * left, y = terms.b[k * To::tile + To::run(j)] * right;
-        const Term<Float32> term = plan_.products(as_bits(x), as_bits(y));
-        const uint32_t word = plan_.level[0].random ? words_(share_.output(i, j), terms.first + k) : 0;
-        values[at] = round_sum(plan_, 0, added_ + k == 0, values[at], term, word);
+        const Term<Float32> term = in_.plan.products(as_bits(x), as_bits(y));
+        const uint32_t word = in_.plan.level[0].random ? words_(in_.share.output(i, j), terms.first + k) : 0;
+        values[at] = round_sum(in_.plan, 0, added_ + k == 0, values[at], term, word);
       }
     }
     nan_ = 0;
 #pragma unroll
     for (int i = 0; i < To::outputs; ++i) {
       if (values[i] != values[i]) nan_ |= uint64_t{1} << i;
-      s_[i / side][i % side] = values[i] != values[i] ? 0.0f : values[i] * of_.scale_a * of_.scale_b;
+      s_[i / side][i % side] = values[i] != values[i] ? 0.0f : values[i] * of.scale_a * of.scale_b;
     }
     most_ = as_float(Float32::infinity);
   }
 
-  /// A group of the first stage is complete: its sums are inputs of the second, and so on.
+  /// A group is complete: its sums are inputs of the stage above.
   LOWPREC_DEVICE void rise() {
-    float values[To::outputs];
-    read_values(values);
+    Values values;
+    read(values);
     begin();
-    rise_to(0, values);
+    upper_.add(0, values);
   }
 
-  LOWPREC_DEVICE void rise_to(int i, float (&values)[To::outputs]) {
-    for (;; ++i) {
-      const Stage& stage = plan_.tree.stage[i + 1];
-      add_upper(i, stage, values);
-      ++upper_.done[i];
-      if (++upper_.taken[i] < stage.fan_in || i + 2 == plan_.tree.stages) return;
-      upper_.taken[i] = 0;
-#pragma unroll 1
-      for (int at = 0; at < To::outputs; ++at) values[at] = upper_.partial[i][at];
-    }
-  }
-
-  LOWPREC_DEVICE void add_upper(int i, const Stage& stage, const float (&values)[To::outputs]) {
-    const Upper& upper = tower_.level[i];
-    const bool first = upper_.taken[i] == 0;
-#pragma unroll 1
-    for (int at = 0; at < To::outputs; ++at) {
-      const float x = values[at], partial = upper_.partial[i][at];
-      float sum;
-      if (upper.single) {
-        sum = first ? x : __fadd_rn(partial, x);
-      } else if (upper.quick && fabsf(x) < as_float(Float32::infinity) &&
-                 (first || fabsf(partial) < as_float(Float32::infinity))) {
-        sum = quick(upper.to, first ? -0.0f : partial, x);
-      } else {
-        const uint32_t word = plan_.level[stage.level].random
-                                  ? words_(share_.output(at / side, at % side), stage.first + upper_.done[i])
-                                  : 0;
-        sum = round_sum(plan_, stage.level, first, partial, term_of<Float32>(as_bits(x)), word);
-      }
-      upper_.partial[i][at] = sum;
-    }
-  }
-
-  LOWPREC_DEVICE float quick(const QuickRound& to, float partial, float x) const {
-    const float s = partial * of_.scale_a * of_.scale_b, t = x * of_.scale_a * of_.scale_b;
-    const float sum = AnyWay<side>(to)(sum_to_odd(1.0f, t, s));
-    if (to.infinite_nan && fabsf(sum) == as_float(Float32::infinity)) return as_float(Float32::quiet_nan);
-    return sum == 0 && !to.minus_zero ? 0.0f : sum * of_.unscale_a * of_.unscale_b;
-  }
-
-  LOWPREC_DEVICE void write_upper(float* out, int rows, int columns) {
-    if (added_ > 0) rise();
-    const int top = plan_.tree.stages - 2;
-    for (int i = 0; i < top; ++i) {
-      if (upper_.taken[i] == 0) continue;
-      upper_.taken[i] = 0;
-      float values[To::outputs];
-#pragma unroll 1
-      for (int at = 0; at < To::outputs; ++at) values[at] = upper_.partial[i][at];
-      rise_to(i + 1, values);
-    }
-#pragma unroll 1
-    for (int at = 0; at < To::outputs; ++at) {
-      const int i = at / side, j = at % side;
-      if (To::run(i) < rows && To::run(j) < columns) out[share_.output(i, j)] = upper_.partial[top][at];
-    }
-  }
-
-  const Product& of_;
   const Ways& ways_;
-  const SumPlan<Float32>& plan_;
-  const Tower& tower_;
+  const Context<To>& in_;
   const SumWords& words_;
-  const To& share_;
-  UpperSums<To::outputs>& upper_;
+  UpperSums<To>& upper_;
   typename Ways::State state_;
-  Sums s_;         // of the first stage, scaled
-  uint64_t nan_;   // which of them are NaN
-  float most_;     // a bound of theirs
-  int64_t added_;  // terms of the present group
+  typename To::Sums s_;  // scaled
+  uint64_t nan_;         // which of them are NaN
+  float most_;           // a bound of theirs
+  int64_t added_;        // terms of the present group
 };
 
 LOWPREC_DEVICE void copy_16_bytes(void* to, const void* from) {
@@ -495,15 +683,13 @@ struct TileAt {
   int64_t batch, down, across;
 
   LOWPREC_DEVICE TileAt(int64_t index, int64_t rows, int64_t columns) {
-    const int64_t within = index % (rows * columns), band = within / (8 * columns),
-                  height = min(rows - band * 8, int64_t{8});
+    constexpr int64_t most = 8;
+    const int64_t within = index % (rows * columns), band = within / (most * columns), first = band * most;
+    const int64_t height = rows - first < most ? rows - first : most;
     batch = index / (rows * columns);
-    down = band * 8 + within % (8 * columns) % height;
-    across = within % (8 * columns) / height;
+    down = first + within % (most * columns) % height;
+    across = within % (most * columns) / height;
   }
-
- private:
-  static LOWPREC_DEVICE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
 template <int kWidth>
@@ -511,25 +697,45 @@ LOWPREC_INLINE int64_t tiles_of(int64_t lines) {
   return (lines + kWidth - 1) / kWidth;
 }
 
+/// A thread's place in a block's tile.
+template <class To>
+LOWPREC_DEVICE To share_of(const Product& of, const TileAt& at) {
+  To share;
+  share.left_rows = of.rows - at.down * share.tile - share.row;
+  share.left_columns = of.columns - at.across * share.tile - share.column;
+  share.columns = of.columns;
+  share.first_output =
+      (at.batch * of.rows + at.down * share.tile + share.row) * of.columns + at.across * share.tile + share.column;
+  return share;
+}
+
+template <class To>
+LOWPREC_DEVICE void write_values(const To& share, const typename To::Values& values, float* out) {
+#pragma unroll
+  for (int at = 0; at < To::outputs; ++at) {
+    const int i = at / To::side, j = at % To::side;
+    if (share.run(i) < share.left_rows && share.run(j) < share.left_columns) out[share.output(i, j)] = values[at];
+  }
+}
+
 template <class Ways>
 __global__ void __launch_bounds__(kTileThreads, 2)
     tiles_kernel(const __grid_constant__ Product of, const __grid_constant__ Ways ways,
                  const __grid_constant__ SumPlan<Float32> plan, const __grid_constant__ Tower tower,
                  const SumDraws draws, float* out) {
-  constexpr int width = Share<Ways::side>::tile, parts = kTile / width;
+  using To = typename Ways::To;
+  constexpr int width = To::tile, parts = kTile / width;
   __shared__ alignas(16) float tiles[2][2][kDepth * width];
   const TileAt at(blockIdx.x, tiles_of<width>(of.rows), tiles_of<width>(of.columns));
   const int64_t left = of.a.tile(at.batch, at.down / parts), right = of.b.tile(at.batch, at.across / parts);
   const float* a = of.a.tiles + left * kTileSize + at.down % parts * width;
   const float* b = of.b.tiles + right * kTileSize + at.across % parts * width;
 
-  Share<Ways::side> share;
-  const int64_t row = at.down * width + share.row, column = at.across * width + share.column;
-  share.first_output = (at.batch * of.rows + row) * of.columns + column;
-  share.columns = of.columns;
+  const To share = share_of<To>(of, at);
   const SumWords words = draws.read(plan.tree.roundings);
-  UpperSums<Share<Ways::side>::outputs> upper;
-  TileSums<Ways> outputs(of, ways, plan, tower, words, share, upper);
+  const Context<To> in{of, plan, share};
+  UpperSums<To> upper(in, tower, words);
+  TileSums<Ways> sums(ways, in, words, upper);
 
   const auto fetch = [&](int64_t depth) {
     copy_tile<width>(tiles[depth % 2][0], a + depth * kTileSize);
@@ -543,140 +749,12 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     if (depth + 1 < of.a.depths) fetch(depth + 1);
     const int64_t first = depth * kDepth;
     const int count = of.terms - first < kDepth ? static_cast<int>(of.terms - first) : kDepth;
-    outputs.add({of.a.notes[left + depth], of.b.notes[right + depth], tiles[depth % 2][0] + share.row,
-                 tiles[depth % 2][1] + share.column, first, count});
+    sums.add({of.a.notes[left + depth], of.b.notes[right + depth], tiles[depth % 2][0] + share.row,
+              tiles[depth % 2][1] + share.column, first, count});
   }
-  const auto left_of = [](int64_t all, int64_t from) {
-    return static_cast<int>(all - from < kTile ? all - from : kTile);
-  };
-  outputs.write(out, left_of(of.rows, row), left_of(of.columns, column));
+  typename To::Values values;
+  sums.finish(values);
+  write_values(share, values, out);
 }
-
-/// Which of the kernels adds the terms.
-enum class Kernel { none, single, nearest, directed };
-
-LOWPREC_INLINE bool is_single(const LevelSpec& level) {
-  const Format& format = level.format;
-  return format.ebits == 8 && format.mbits == 23 && format.bias == Float32::bias && format.subnormals &&
-         format.specials == Specials::ieee && level.rounding == 0 && !level.saturate;
-}
-
-/// A product by tiles, planned on the host: whether it can be, what memory it takes besides, and its launches.
-class TilePlan {
- public:
-  TilePlan(const AccumulatorSpec& spec, const Operands& of, const SumDraws& draws)
-      : plan_(spec, of.terms, 0, 0), draws_(draws), to_(spec.level[0]), of_(of) {
-    const LevelSpec& first = spec.level[0];
-    kernel_ = is_single(first)            ? Kernel::single
-              : !to_.usable || to_.random ? Kernel::none
-              : to_.nearest_even          ? Kernel::nearest
-                                          : Kernel::directed;
-    if (spec.leaf != Leaf::terms || spec.has_product || plan_.tree.stages > 1 + kUpper || of.terms == 0 || !of.b.data ||
-        of.a.element == Element::float64) {
-      kernel_ = Kernel::none;
-    }
-    if (kernel_ == Kernel::none) return;
-    if (kernel_ == Kernel::single) to_ = as_they_are();
-    for (int i = 1; i < plan_.tree.stages; ++i) tower_.level[i - 1] = upper(spec.level[plan_.tree.stage[i].level]);
-    set_product();
-    if (blocks() > kMostBlocks) kernel_ = Kernel::none;
-  }
-
-  bool usable() const { return kernel_ != Kernel::none; }
-
-  int64_t workspace() const { return bytes(product_.a) + bytes(product_.b); }
-
-  /// `memory` of the workspace's size is free again when all has run.
-  void launch(void* memory, float* out, cudaStream_t stream) {
-    place(product_.a, memory);
-    place(product_.b, static_cast<char*>(memory) + bytes(product_.a));
-    pack(of_.a, of_.a.stride[1], of_.a.stride[2], of_.rows, product_.scale_a, product_.unscale_a, product_.a, stream);
-    pack(of_.b, of_.b.stride[2], of_.b.stride[1], of_.columns, product_.scale_b, product_.unscale_b, product_.b,
-         stream);
-    const WayRules rules = kernel_ == Kernel::single ? WayRules{} : WayRules(to_);
-    switch (kernel_) {
-      case Kernel::single:
-        return run(SingleWays{to_}, out, stream);
-      case Kernel::nearest:
-        return run(NearestWays{to_, rules}, out, stream);
-      case Kernel::directed:
-        return run(DirectedWays{to_, rules}, out, stream);
-      default:
-        return;
-    }
-  }
-
- private:
-  static constexpr int64_t kMostBlocks = 0x7FFFFFFF;
-
-  /// Nothing to scale or to mend.
-  static QuickRound as_they_are() {
-    QuickRound to{};
-    to.sign = 1;
-    to.minus_zero = true;
-    return to;
-  }
-
-  Upper upper(const LevelSpec& level) const {
-    Upper upper{is_single(level), false, QuickRound(level)};
-    upper.quick = kernel_ != Kernel::single && upper.to.usable && !upper.to.random && upper.to.scale == to_.scale &&
-                  upper.to.sign > 0 && to_.sign > 0;
-    return upper;
-  }
-
-  void set_product() {
-    const int left = to_.scale / 2, right = to_.scale - left;
-    product_ = {packed(of_.a, of_.rows),
-                packed(of_.b, of_.columns),
-                to_.sign * power_of_two(-left),
-                power_of_two(-right),
-                to_.sign * power_of_two(left),
-                power_of_two(right),
-                of_.batches,
-                of_.rows,
-                of_.columns,
-                of_.terms};
-  }
-
-  Packed packed(const Operand& operand, int64_t lines) const {
-    const int64_t batches = operand.stride[0] == 0 ? 1 : of_.batches;
-    return {nullptr, nullptr, tiles_of<kTile>(lines), tiles_of<kDepth>(of_.terms), batches};
-  }
-
-  static int64_t bytes(const Packed& packed) {
-    return packed.count() * static_cast<int64_t>(kTileSize * sizeof(float) + sizeof(TileNotes));
-  }
-
-  static void place(Packed& packed, void* memory) {
-    packed.tiles = static_cast<float*>(memory);
-    packed.notes = reinterpret_cast<TileNotes*>(packed.tiles + packed.count() * kTileSize);
-  }
-
-  void pack(const Operand& operand, int64_t line_stride, int64_t term_stride, int64_t lines, float scale, float inverse,
-            const Packed& to, cudaStream_t stream) const {
-    const Lines from{operand, operand.stride[0], line_stride, term_stride, lines, of_.terms, scale, inverse};
-    const int64_t blocks = to.count() < kMostBlocks ? to.count() : kMostBlocks;
-    pack_kernel<<<static_cast<unsigned>(blocks), kTileThreads, 0, stream>>>(from, to);
-  }
-
-  int64_t blocks() const {
-    const int side = 128;
-    return of_.batches * ((of_.rows + side - 1) / side) * ((of_.columns + side - 1) / side);
-  }
-
-  template <class Ways>
-  void run(const Ways& ways, float* out, cudaStream_t stream) const {
-    tiles_kernel<<<static_cast<unsigned>(blocks()), kTileThreads, 0, stream>>>(product_, ways, plan_, tower_, draws_,
-                                                                               out);
-  }
-
-  SumPlan<Float32> plan_;
-  Tower tower_{};
-  SumDraws draws_;
-  QuickRound to_;
-  Operands of_;
-  Kernel kernel_;
-  Product product_;
-};
 
 }  // namespace lowprec

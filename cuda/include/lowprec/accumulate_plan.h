@@ -1,0 +1,160 @@
+// Which kernel multiplies matrices under an accumulator, and its launches. Without torch.
+#pragma once
+
+#include <cstdint>
+
+#include "lowprec/accumulate_halves.h"
+#include "lowprec/accumulate_tiles.h"
+
+namespace lowprec {
+
+/// Which of the kernels adds the terms.
+enum class Kernel { none, single, nearest, directed, random, float16, bfloat16 };
+
+/// Whether a level rounds as the device's own arithmetic of an IEEE 754 format does.
+inline bool is_ieee(const LevelSpec& level, int ebits, int mbits) {
+  const Format& format = level.format;
+  return format.ebits == ebits && format.mbits == mbits && format.bias == (1 << (ebits - 1)) - 1 && format.subnormals &&
+         format.specials == Specials::ieee && level.rounding == 0 && !level.saturate;
+}
+
+inline bool is_single(const LevelSpec& level) { return is_ieee(level, 8, 23); }
+
+/// A product by tiles, planned on the host: whether it can be, what memory it takes besides, and its launches.
+class TilePlan {
+ public:
+  TilePlan(const AccumulatorSpec& spec, const Operands& of, const SumDraws& draws)
+      : plan_(spec, of.terms, 0, 0), draws_(draws), to_(spec.level[0]), of_(of) {
+    const LevelSpec& first = spec.level[0];
+    kernel_ = of.a.element == Element::float16 && is_ieee(first, 5, 10)   ? Kernel::float16
+              : of.a.element == Element::bfloat16 && is_ieee(first, 8, 7) ? Kernel::bfloat16
+              : is_single(first)                                          ? Kernel::single
+              : !to_.usable                                               ? Kernel::none
+              : to_.random                                                ? Kernel::random
+              : to_.nearest_even                                          ? Kernel::nearest
+                                                                          : Kernel::directed;
+    if (spec.leaf != Leaf::terms || spec.has_product || plan_.tree.stages > 1 + kUpper || of.terms == 0 || !of.b.data ||
+        of.a.element == Element::float64) {
+      kernel_ = Kernel::none;
+    }
+    if (kernel_ == Kernel::none) return;
+    if (kernel_ == Kernel::single || halves()) to_ = as_they_are();
+    for (int i = 1; i < plan_.tree.stages; ++i) tower_.level[i - 1] = upper(spec.level[plan_.tree.stage[i].level]);
+    set_product();
+    if (blocks() > kMostBlocks) kernel_ = Kernel::none;
+  }
+
+  bool usable() const { return kernel_ != Kernel::none; }
+
+  int64_t workspace() const { return bytes(product_.a) + bytes(product_.b); }
+
+  /// `memory` of the workspace's size is free again when all has run.
+  void launch(void* memory, float* out, cudaStream_t stream) {
+    place(product_.a, memory);
+    place(product_.b, static_cast<char*>(memory) + bytes(product_.a));
+    pack(of_.a, of_.a.stride[1], of_.a.stride[2], of_.rows, product_.scale_a, product_.unscale_a, product_.a, stream);
+    pack(of_.b, of_.b.stride[2], of_.b.stride[1], of_.columns, product_.scale_b, product_.unscale_b, product_.b,
+         stream);
+    const WayRules rules = to_.usable ? WayRules(to_) : WayRules{};
+    switch (kernel_) {
+      case Kernel::single:
+        return run(SingleWays{to_}, out, stream);
+      case Kernel::nearest:
+        return run(NearestWays{to_, rules}, out, stream);
+      case Kernel::directed:
+        return run(DirectedWays{to_, rules}, out, stream);
+      case Kernel::random:
+        return run(RandomWays{to_, rules}, out, stream);
+      case Kernel::float16:
+        return run_halves<false>(out, stream);
+      case Kernel::bfloat16:
+        return run_halves<true>(out, stream);
+      default:
+        return;
+    }
+  }
+
+ private:
+  static constexpr int64_t kMostBlocks = 0x7FFFFFFF;
+
+  /// Nothing to scale or to mend.
+  static QuickRound as_they_are() {
+    QuickRound to{};
+    to.sign = 1;
+    to.minus_zero = true;
+    return to;
+  }
+
+  Upper upper(const LevelSpec& level) const {
+    Upper upper{is_single(level), false, QuickRound(level)};
+    upper.quick = to_.usable && upper.to.usable && !upper.to.random && upper.to.scale == to_.scale &&
+                  upper.to.sign > 0 && to_.sign > 0;
+    return upper;
+  }
+
+  void set_product() {
+    const int left = to_.scale / 2, right = to_.scale - left;
+    product_ = {packed(of_.a, of_.rows),
+                packed(of_.b, of_.columns),
+                to_.sign * power_of_two(-left),
+                power_of_two(-right),
+                to_.sign * power_of_two(left),
+                power_of_two(right),
+                of_.batches,
+                of_.rows,
+                of_.columns,
+                of_.terms};
+  }
+
+  Packed packed(const Operand& operand, int64_t lines) const {
+    const int64_t depths = halves() ? tiles_of<kHalfDepth>(of_.terms) : tiles_of<kDepth>(of_.terms);
+    const int64_t batches = operand.stride[0] == 0 ? 1 : of_.batches;
+    return {nullptr, nullptr, tiles_of<kTile>(lines), depths, batches};
+  }
+
+  static int64_t bytes(const Packed& packed) {
+    return packed.count() * static_cast<int64_t>(kTileSize * sizeof(float) + sizeof(TileNotes));
+  }
+
+  static void place(Packed& packed, void* memory) {
+    packed.tiles = static_cast<float*>(memory);
+    packed.notes = reinterpret_cast<TileNotes*>(packed.tiles + packed.count() * kTileSize);
+  }
+
+  void pack(const Operand& operand, int64_t line_stride, int64_t term_stride, int64_t lines, float scale, float inverse,
+            const Packed& to, cudaStream_t stream) const {
+    const Lines from{operand, operand.stride[0], line_stride, term_stride, lines, of_.terms, scale, inverse};
+    const int64_t blocks = to.count() < kMostBlocks ? to.count() : kMostBlocks;
+    const auto kernel = halves() ? pack_halves_kernel : pack_kernel;
+    kernel<<<static_cast<unsigned>(blocks), kTileThreads, 0, stream>>>(from, to);
+  }
+
+  int64_t blocks() const {
+    const int side = kernel_ == Kernel::random ? Share<RandomWays::side>::tile : kTile;
+    return of_.batches * ((of_.rows + side - 1) / side) * ((of_.columns + side - 1) / side);
+  }
+
+  bool halves() const { return kernel_ == Kernel::float16 || kernel_ == Kernel::bfloat16; }
+
+  template <bool kBfloat>
+  void run_halves(float* out, cudaStream_t stream) const {
+    halves_kernel<kBfloat>
+        <<<static_cast<unsigned>(blocks()), kTileThreads, 0, stream>>>(product_, plan_, tower_, draws_, out);
+  }
+
+  template <class Ways>
+  void run(const Ways& ways, float* out, cudaStream_t stream) const {
+    tiles_kernel<<<static_cast<unsigned>(blocks()), kTileThreads, 0, stream>>>(product_, ways, plan_, tower_, draws_,
+                                                                               out);
+  }
+
+  SumPlan<Float32> plan_;
+  Tower tower_{};
+  SumDraws draws_;
+  QuickRound to_;
+  Operands of_;
+  Kernel kernel_;
+  Product product_;
+};
+
+}  // namespace lowprec
