@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -316,7 +317,8 @@ class Accumulator:
         Raises:
             ValueError: for the leaf "tensor_core", whose arithmetic the hardware defines.
         """
-        return math.expm1(sum(count * math.log1p(unit) for count, unit in self._path(K)))
+        growth = sum(count * math.log1p(unit) for count, unit in self._path(K))
+        return math.expm1(growth) if growth < math.log(sys.float_info.max) else math.inf
 
     def _path(self, K: int) -> Iterator[tuple[int, float]]:
         """The roundings on the longest path: how many, and the unit roundoff of each."""

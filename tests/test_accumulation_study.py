@@ -104,6 +104,10 @@ def test_depth_is_the_theorys(text: str, K: int, depth: int) -> None:
         assert accumulator.error_bound(K) == pytest.approx((1 + 2**-10) ** depth - 1)
 
 
+def test_a_bound_may_be_infinite() -> None:
+    assert Accumulator.parse("1-6-2").error_bound(1 << 20) == math.inf
+
+
 def test_the_documented_bounds() -> None:
     page = (ROOT / "docs" / "accumulate-theory.md").read_text()
     for text, words in (("pairwise:1-6-9", "13, 0.0128"), ("1-6-9", "53.5"), ("chunk64:1-6-9/1-6-9", "0.132")):
