@@ -5,16 +5,18 @@ Torch's own kernels keep the state to themselves, so each layer is a loop over i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lowprec.blocked import Pair, factor, gradient_roles, matmul, narrowed, pair, uncounted
 from lowprec.products import Handler
-from lowprec.roles import AS_IT_IS, Roles, round_both
+from lowprec.roles import AS_IT_IS, Role, Roles, round_both
+from lowprec.sums import Sums, product
 
 State = tuple[Tensor, ...]
 """(h, c) of an LSTM, (h,) of the others; [N, features] each."""
@@ -23,10 +25,14 @@ State = tuple[Tensor, ...]
 class Product:
     """A product with one weight that every step makes with another state, by roles that all steps share.
 
+    Under an accumulator the gradient of the weight is one sum, over all steps that `begin` announces.
+
     Args:
         roles: of the whole call.
         weight: [gates, features], rounded here once for all steps.
     """
+
+    ports: Iterator[Tensor] | None = None
 
     def __init__(self, roles: Roles, weight: Tensor) -> None:
         self.roles = roles
@@ -39,16 +45,90 @@ class Product:
         else:
             self.weight = roles.weight(weight)
 
+    def begin(self, sizes: list[int], backwards: bool) -> None:
+        """Say how many rows each step will have, in the order of the sequence, and whether that is gone backwards."""
+        formed = torch.is_grad_enabled() and self.roles.by_contraction and self.pair.forward.requires_grad
+        if not formed or self.sums.right is None or torch.compiler.is_compiling():
+            return
+        weight, self.pair = self.pair.forward, detached(self.pair)
+        self.seen = Seen(backwards, [])
+        draw = self.sums.draw(weight)
+        rows: Tensor = Port.apply(weight, sum(sizes), self.seen, self.gradients[1], self.sums, *draw)  # type: ignore[no-untyped-call]
+        ports = torch.split(rows, sizes)
+        self.ports = iter(reversed(ports) if backwards else ports)
+
     def __call__(self, h: Tensor) -> Tensor:
         """[N, features] -> [N, gates], its gradient yet to be rounded if that is not done in blocks."""
         if not self.roles.by_contraction:
             return F.linear(self.roles.activation(h, self.state), self.weight)
         if self.again is None:
-            rounded = narrowed(self.roles.activation(h, self.state))
-            return matmul(Pair(rounded), self.pair, self.gradients, self.sums)
-        forward = narrowed(round_both(h, self.state._replace(dim=-1), AS_IT_IS))
-        again = narrowed(round_both(h, self.again._replace(dim=-2), AS_IT_IS))
-        return matmul(Pair(forward, again), self.pair, self.gradients, self.sums)
+            state = Pair(narrowed(self.roles.activation(h, self.state)))
+        else:
+            forward = narrowed(round_both(h, self.state._replace(dim=-1), AS_IT_IS))
+            state = Pair(forward, narrowed(round_both(h, self.again._replace(dim=-2), AS_IT_IS)))
+        y = matmul(state, self.pair, self.gradients, self.sums)
+        if self.ports is None:
+            return y
+        self.seen.states.append((state.forward if state.again is None else state.again).detach())
+        joined: Tensor = Join.apply(y, next(self.ports))  # type: ignore[no-untyped-call]
+        return joined
+
+
+def detached(pair: Pair) -> Pair:
+    """An operand whose own gradient is formed elsewhere."""
+    return Pair(pair.forward.detach(), None if pair.again is None else pair.again.detach())
+
+
+class Seen(NamedTuple):
+    """The states that a product has met, in the order of its steps, and whether that is the sequence's backwards."""
+
+    backwards: bool
+    states: list[Tensor]
+
+    def rows(self) -> Tensor:
+        """All of them in the sequence's order."""
+        return torch.cat(self.states[::-1] if self.backwards else self.states)
+
+
+class Port(torch.autograd.Function):
+    """Where the gradients of every step's product come together: zeros [rows, gates], of which each step takes its own.
+
+    The gradient of the weight [features, gates] is then one product, statesᵀ · dY over the rows of all steps. Which
+    states there were is known by then.
+    """
+
+    @staticmethod
+    def forward(
+        weight: Tensor, rows: int, seen: Seen, role: Role, sums: Sums, seed: Tensor | None, offset: Tensor | None
+    ) -> Tensor:
+        return weight.new_zeros(()).expand(rows, weight.shape[1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, ctx.seen, ctx.role, ctx.sums, ctx.seed, ctx.offset = inputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dy = round_both(grads[0], ctx.role._replace(dim=-2), AS_IT_IS)
+        offset = None if ctx.offset is None else ctx.offset + 2
+        return product(ctx.seen.rows().mT, dy, ctx.sums.of_right(), ctx.seed, offset), *[None] * 6
+
+
+class Join(torch.autograd.Function):
+    """A step's product as it is, whose gradient goes to a port as well."""
+
+    @staticmethod
+    def forward(y: Tensor, port: Tensor) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0]
 
 
 class Layer:
@@ -74,6 +154,11 @@ class Layer:
         self.gates = AS_IT_IS if in_blocks else roles.backward("activation_grad")
         self.projected = roles.backward("activation_grad") if self.projection and not in_blocks else AS_IT_IS
 
+    def begin(self, sizes: list[int], backwards: bool) -> None:
+        """Say what steps there will be, as `Product.begin`."""
+        for each in (self.hidden, *self.projection):
+            each.begin(sizes, backwards)
+
     def inputs(self, x: Tensor | Pair) -> Tensor:
         """The product with rounded inputs, for all steps at once: [..., inputs] -> [..., gates]."""
         return self.plus(self.product(x), self.biases)
@@ -91,7 +176,10 @@ class Layer:
         if not biases:
             return y
         bias: Any = sum(b.to(y.dtype) for b in biases)
-        bias = bias if self.reducing is None else self.reducing.begin(y).spread(bias, y)
+        return self.raised(y, bias if self.reducing is None else self.reducing.begin(y).spread(bias, y))
+
+    def raised(self, y: Tensor, bias: Tensor) -> Tensor:
+        """Add a bias whose gradient is summed up as it is to be."""
         return y + (bias if self.of_biases is None else round_both(bias.expand_as(y), AS_IT_IS, self.of_biases))
 
     def step(self, x: Tensor, state: State) -> State:
@@ -115,13 +203,24 @@ class LSTM(Layer):
 class GRU(Layer):
     """The gates r, z, n. The reset gate scales the state's product, so the two products have each its own gradient."""
 
+    of_steps: Iterator[Tensor] | None = None
+
+    def begin(self, sizes: list[int], backwards: bool) -> None:
+        super().begin(sizes, backwards)
+        if self.biases and self.reducing is not None and not torch.compiler.is_compiling():
+            bias = narrowed(self.biases[1])
+            rows = torch.split(self.reducing.begin(bias).spread(bias, bias.expand(sum(sizes), -1)), sizes)
+            self.of_steps = iter(reversed(rows) if backwards else rows)
+
     def inputs(self, x: Tensor | Pair) -> Tensor:
         y = self.plus(self.product(x), self.biases[:1])
         return self.roles.gradient(y) if self.of_biases is None else y
 
     def step(self, x: Tensor, state: State) -> State:
         (h,) = state
-        hidden = self.roles.gradient(self.plus(self.hidden(h), self.biases[1:]), self.gates)
+        y = self.hidden(h)
+        y = self.plus(y, self.biases[1:]) if self.of_steps is None else self.raised(y, next(self.of_steps).to(y.dtype))
+        hidden = self.roles.gradient(y, self.gates)
         (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, -1), hidden.chunk(3, -1)
         z = (x_z + h_z).sigmoid()
         n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
@@ -229,6 +328,7 @@ def _run(
             inputs = layers[k].inputs(rounded)
             inputs = inputs.reshape(*x.shape[:-1], inputs.shape[-1])
             steps = inputs.unbind(0) if sizes is None else torch.split(inputs, sizes)
+            layers[k].begin([step.size(0) for step in steps], k > first)
             ys, final = _scan(layers[k].step, steps, tuple(state[k] for state in states), k > first)
             outputs.append(torch.stack(ys) if sizes is None else torch.cat(ys))
             finals.append(final)

@@ -397,9 +397,13 @@ class Steps(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inputs = self.input(x)
         h = c = x.new_zeros(x.shape[1], 5)
-        outputs = []
+        outputs, self.states, self.gates = [], [], []
         for gates in inputs:
-            i, f, g, o = (gates + self.hidden(h)).chunk(4, -1)
+            self.states.append(h.detach())
+            self.gates.append(gates + self.hidden(h))
+            if self.gates[-1].requires_grad:
+                self.gates[-1].retain_grad()
+            i, f, g, o = self.gates[-1].chunk(4, -1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             outputs.append(h)
@@ -408,6 +412,7 @@ class Steps(nn.Module):
 
 @pytest.mark.parametrize("formats", [(None, None, None), (A, A, G), (None, "mxfp8_e4m3", None)])
 def test_a_recurrent_layer_is_its_linear_layers(formats: tuple[str | None, ...]) -> None:
+    """But for the gradient of the state's weight, which is one sum over the rows of all steps."""
     policy = lp.Policy(*formats, accumulator=(Y, DX, DW), reduction="1-6-9")
     torch.manual_seed(0)
     lstm = nn.LSTM(6, 5)
@@ -420,7 +425,8 @@ def test_a_recurrent_layer_is_its_linear_layers(formats: tuple[str | None, ...])
     expected.backward(dy)
     assert torch.equal(found, expected)
     assert torch.equal(lstm.weight_ih_l0.grad, steps.input.weight.grad)
-    assert torch.equal(lstm.weight_hh_l0.grad, steps.hidden.weight.grad)
+    states, gates = q(torch.cat(steps.states), formats[0]), q(torch.cat([z.grad for z in steps.gates]), formats[2])
+    assert torch.equal(lstm.weight_hh_l0.grad, product(states.t(), gates, DW).t())
     assert torch.equal(lstm.bias_ih_l0.grad, steps.input.bias.grad)
 
 
@@ -436,8 +442,35 @@ def test_recurrent_networks_are_torchs(make: type[nn.GRU]) -> None:
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def step_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+def test_packed_sequences_and_projections_are_torchs() -> None:
+    torch.manual_seed(0)
+    plain = nn.LSTM(6, 5, num_layers=2, bidirectional=True, proj_size=3)
+    x = nn.utils.rnn.pack_padded_sequence(random(5, 3, 6), [5, 3, 2])
+    model = lp.wrap(copy.deepcopy(plain), lp.Policy(accumulator="exact:fp32", reduction="exact:fp32"), strict=True)
+    for found, expected in zip(step_of(model, x), step_of(plain, x), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_gru_sums_the_bias_of_its_state_over_all_steps() -> None:
+    torch.manual_seed(0)
+    gru, x = nn.GRU(6, 5), random(4, 3, 6)
+    biases = gru.bias_hh_l0.detach().expand(4, 3, 15).clone().requires_grad_()
+    inputs, h, outputs = F.linear(x, gru.weight_ih_l0, gru.bias_ih_l0), x.new_zeros(3, 5), []
+    for step_inputs, bias in zip(inputs, biases, strict=True):
+        hidden = F.linear(h, gru.weight_hh_l0) + bias
+        (x_r, x_z, x_n), (h_r, h_z, h_n) = step_inputs.chunk(3, -1), hidden.chunk(3, -1)
+        z, n = (x_z + h_z).sigmoid(), (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
+        outputs.append(h := n + z * (h - n))
+    torch.stack(outputs).square().sum().backward()
+    lp.wrap(gru, lp.Policy(reduction="1-6-5"), strict=True)(x)[0].square().sum().backward()
+    assert torch.equal(gru.bias_hh_l0.grad, lp.sum(biases.grad, (0, 1), "1-6-5"))
+    over_time = torch.stack([lp.sum(step_bias, 0, "1-6-5") for step_bias in biases.grad]).sum(0)
+    assert not torch.equal(gru.bias_hh_l0.grad, over_time)
+
+
+def step_of(model: nn.Module, x: Tensor | nn.utils.rnn.PackedSequence) -> list[Tensor]:
     y = model(x)[0]
+    y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
     y.square().sum().backward()
     return [y.detach(), *(p.grad for p in model.parameters())]
 
