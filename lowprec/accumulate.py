@@ -312,17 +312,17 @@ class Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        a, b, *_ = ctx.saved_tensors
+        a, b, *words = ctx.saved_tensors  # once: checkpointing allows no second time
         n = dy.dim() - 2
         da = db = None
         if ctx.needs_input_grad[0]:
             kept, summed = _split(a, dy)
             factors = _gather(dy, kept, [n], [*summed, n + 1]), _gather(b, kept, [*summed, n + 1], [n])
-            da = _gradient(ctx, a, *factors, ctx.left, 1)
+            da = _gradient(ctx, a, *factors, ctx.left, words, 1)
         if ctx.needs_input_grad[1]:
             kept, summed = _split(b, dy)
             factors = _gather(a, kept, [n + 1], [*summed, n]), _gather(dy, kept, [*summed, n], [n + 1])
-            db = _gradient(ctx, b, *factors, ctx.right, 2)
+            db = _gradient(ctx, b, *factors, ctx.right, words, 2)
         return (da, db, None, None, None, None, None, None, None, None)
 
     @staticmethod
@@ -417,9 +417,9 @@ def _gather(x: Tensor, kept: list[int], rows: list[int], columns: list[int]) -> 
     return x.permute(*kept, *rows, *columns).reshape(shape)
 
 
-def _gradient(ctx: Any, x: Tensor, a: Tensor, b: Tensor, fields: list[int], further: int) -> Tensor:
+def _gradient(ctx: Any, x: Tensor, a: Tensor, b: Tensor, fields: list[int], words: Any, further: int) -> Tensor:
     """The product of a and b that is the gradient of x, in its shape and dtype; its words lie further on."""
-    *_, seed, offset = ctx.saved_tensors
+    seed, offset = words
     if not _is_stochastic(fields):
         seed = offset = None
     elif ctx.given:

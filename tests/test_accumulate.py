@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 import lowprec as lp
 from lowprec import eager_accumulate
@@ -578,6 +579,21 @@ def test_forward_mode_and_hessians(device: torch.device) -> None:
     assert_bits_equal(torch.func.jvp(lambda a: lp.sum(a, 1, "1-4-3"), (a,), (t,))[1], lp.sum(t, 1, "1-4-3"))
     x = torch.randn(3, device=device)
     assert_bits_equal(torch.func.hessian(lambda x: lp.dot(x, x, "exact"))(x), 2 * torch.eye(3, device=device))
+
+
+@pytest.mark.parametrize("backward", [None, "1-6-9"])
+def test_checkpointing_draws_the_same_again(backward: Any, device: torch.device) -> None:
+    a, b = (torch.randn(shape, device=device, requires_grad=True) for shape in ((4, 8), (8, 3)))
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return (lp.matmul(a, b, STOCHASTIC, backward=backward) ** 2).sum()
+
+    results = []
+    for value in (lambda: loss(a, b), lambda: checkpoint(loss, a, b, use_reentrant=False)):
+        torch.manual_seed(3)
+        results.append(torch.autograd.grad(value(), (a, b)))
+    for one, other in zip(*results, strict=True):
+        assert_bits_equal(one, other)
 
 
 def test_autocast_changes_nothing(device: torch.device) -> None:
