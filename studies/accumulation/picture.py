@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from lowprec.chart import COLOURS, DASHES, GREY, INK, style
+from lowprec.rounding import Rounding
 from lowprec.studies.accumulation.config import SHAPES, Config
 from lowprec.studies.accumulation.summary import Curve, Summary, by_name
 from lowprec.studies.accumulation.theory import Situation
@@ -97,6 +98,9 @@ def _lines(axes: Axes, summary: Summary, rows: list[dict[str, Any]]) -> None:
 def _exponent(curve: Curve) -> str:
     if curve.exponent is None or curve.shape == "chunked":
         return ""
+    if curve.step and curve.shape == "pairwise" and curve.situation.rounding is Rounding.toward_zero:
+        margin = curve.step.high - curve.step.estimate
+        return f"pairwise: {curve.step.estimate:.3f} ± {margin:.3f} more for each doubling of K"
     base = "K" if curve.shape == "sequential" else "(1 + log₂K)"
     margin = curve.exponent.high - curve.exponent.estimate
     return f"{curve.shape}: {base}^a, a = {curve.exponent.estimate:.2f} ± {margin:.2f}"

@@ -9,12 +9,13 @@ import ctypes
 import ctypes.util
 import os
 from collections.abc import Callable, Iterator
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowprec.benches import running
 from lowprec.benches.casts.buffers import Buffers
 from lowprec.benches.casts.cases import BFLOAT16, FLOAT32, SHORT, Case, Goal, rotating
 from lowprec.benches.timing import Call
@@ -24,23 +25,7 @@ NATIVE = {"bf16": torch.bfloat16, "e4m3fn": torch.float8_e4m3fn, "e5m2": torch.f
 
 def theirs() -> tuple[list[Case], dict[str, str]]:
     """Rows of torch and of the peers that can be imported, and of each peer the version, or why it is not there."""
-    cases, found = list(_torch()), {"torch": str(torch.__version__)}
-    for name, (package, rows) in PEERS.items():
-        try:
-            cases += list(rows())
-            found[name] = _version(package)
-        except ImportError as error:
-            found[name] = f"not installed ({error})" if isinstance(error, ModuleNotFoundError) else f"fails: {error}"
-        except Exception as error:  # a peer that breaks when it is imported must not take the bench with it
-            found[name] = f"fails: {type(error).__name__}: {error}".splitlines()[0]
-    return cases, found
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "installed"
+    return running.theirs(list(_torch()), PEERS)
 
 
 def copy_name(dtype: torch.dtype) -> str:
@@ -195,7 +180,7 @@ def _cpfloat() -> Iterator[Case]:
         yield Case(f"CPFloat fp32 to e4m3, {name}", "none", 8, make, by="CPFloat", devices=("cpu",))
 
 
-PEERS: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
+PEERS: running.Peers = {
     "ml_dtypes": ("ml_dtypes", _ml_dtypes),
     "qtorch": ("qtorch", _qtorch),
     "torchao": ("torchao", _torchao),

@@ -1,0 +1,33 @@
+"""How fast a GPU could be at best: how many lane-instructions it issues, over how many a term needs."""
+
+from __future__ import annotations
+
+import torch
+
+from lowprec.benches.timing import clocks
+
+LANES = 128
+"""Lane-instructions that a multiprocessor issues in one cycle: four schedulers, 32 lanes each (sm_80, sm_90)."""
+
+INSTRUCTIONS = {"fp32": 1.0, "native": 0.5, "exact sums": 8.0, "exact": 10.0, "stochastic": 26.0}
+"""Issue slots that a term needs, by its arithmetic; an integer instruction takes two, since they run at half rate.
+
+fp32: one fused multiply-add. native: half a packed one, in fp16 or bf16. exact sums, whose sums float32 holds: a
+multiply-add, then rounding by a magic number, that is its exponent (2), the clamp for subnormals (2), two additions,
+saturation. exact: a second multiply-add that rounds the other way, and the choice between the two. stochastic: a
+quarter of ten Philox rounds besides. Source: docs/bench.md.
+"""
+
+
+def issue_rate(device: torch.device) -> float | None:
+    """Lane-instructions a second at the largest clock; None where the driver does not say it."""
+    words = clocks(device).get("clocks.max.sm", "").split()
+    if not words or not words[0].isdigit():
+        return None
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return float(count * LANES * int(words[0]) * 1e6)
+
+
+def floor_of(arithmetic: str | None, rate: float | None) -> float | None:
+    """Terms a second, if nothing but issue held them up."""
+    return None if arithmetic is None or rate is None else rate / INSTRUCTIONS[arithmetic]
