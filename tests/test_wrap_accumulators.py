@@ -834,3 +834,16 @@ def test_modelled_tensor_cores_see_narrow_operands(
 def test_products_take_a_tensor_that_meets_itself() -> None:
     x = random(4, 4)
     assert torch.equal(lp.wrap(Weighted(lambda x, *_: x @ x), lp.Policy(accumulator=Y))(x), product(x, x, Y))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_cuda_sums_as_the_cpu_does(policy: lp.Policy) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(54, 40), nn.ReLU(), nn.Linear(40, 4)
+    )
+    models, x = [seeded(copy.deepcopy(model), policy) for _ in range(2)], random(3, 2, 6, 6)
+    for _ in range(2):
+        found = step(models[1].cuda(), x.cuda())
+        assert same([each.cpu() for each in found], step(models[0], x))
