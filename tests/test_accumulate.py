@@ -19,6 +19,7 @@ from lowprec import eager_accumulate
 from lowprec import reference_accumulate as judge
 from lowprec.accumulator import Accumulator, Level
 from lowprec.formats import FloatFormat
+from lowprec.reference import random_word
 from lowprec.rounding import Rounding
 from lowprec.testing import assert_bits_equal
 from tests.engines import engines, float64
@@ -155,6 +156,64 @@ def test_exact_sums_of_the_whole_range(device: torch.device) -> None:
         expected = judged(a, b, accumulator)
         for engine in engines(device):
             assert_same(engine.matmul(a, b, accumulator), expected, f"{accumulator} {engine}")
+
+
+@pytest.mark.parametrize("mode", Rounding)
+def test_what_lies_far_below_decides(mode: Rounding, device: torch.device) -> None:
+    """Midpoints of float32 and bfloat16, and products and sums that pass them by less than any float says."""
+    above = torch.tensor([2.0**23 - 2.0**12 + 1, 2.0**23 + 2.0**12 + 1])  # whose product is 2^46 + 1
+    tie = torch.tensor([1.0, 2.0**-24])
+    for sign in (1, -1):
+        a = torch.stack(
+            [tie * sign, torch.tensor([1.0, 2.0**-70 * above[0]]) * sign, torch.tensor([1 + 2.0**-23, -tie[1]])]
+        )
+        b = torch.stack([torch.ones(2), torch.tensor([1.0, above[1]]), torch.ones(2)]).unsqueeze(-1)
+        for leaf in ("terms", "exact"):
+            accumulator = Accumulator([Level(None, "fp32", mode)], leaf=leaf)
+            expected = judged(a.unsqueeze(1), b, accumulator, 5)
+            for engine in engines(device):
+                assert_same(engine.matmul(a.unsqueeze(1), b, accumulator, 5), expected, f"{accumulator} {engine}")
+    x = torch.tensor([[1.0, 2.0**-8, 2.0**-140], [1.0, 2.0**-8, -(2.0**-140)], [1 + 2.0**-7, 2.0**-8, -(2.0**-149)]])
+    accumulator = Accumulator([Level(None, "bf16", mode)], leaf="exact")
+    for rows in (x, -x):
+        for engine in engines(device):
+            expected = torch.from_numpy(judge.sums(float64(rows), accumulator, 5)).float()
+            assert_same(engine.sums(rows, accumulator, 5), expected, f"{accumulator} {engine}")
+
+
+@pytest.mark.parametrize("mode", Rounding)
+@pytest.mark.parametrize("text", ["exact:1-4-3", "1-4-3", "2*1-4-3", "e4m3fnuz"])
+def test_the_signs_of_zero_sums(text: str, mode: Rounding, device: torch.device) -> None:
+    accumulator = Accumulator.parse(f"{text} {mode}")
+    rows = [
+        [1.0, -1.0, 0.0],
+        [-1.0, 1.0, -0.0],
+        [-0.0] * 3,
+        [0.0] * 3,
+        [0.0, -0.0, 0.0],
+        [-0.0, 0.0, -0.0],
+        [-0.0, 1, -1],
+    ]
+    x = torch.tensor(rows)
+    expected = torch.from_numpy(judge.sums(float64(x), accumulator)).float()
+    for engine in engines(device):
+        assert_same(engine.sums(x, accumulator), expected, f"{accumulator} {engine}")
+
+
+@pytest.mark.parametrize("text", ["1-1-30", "fp32", "bf16", "1-5-2"])
+def test_all_32_random_bits_count(text: str, device: torch.device) -> None:
+    """A second term that reaches the next number with its word, and one that is a 2^-32nd of the spacing too small."""
+    accumulator = Accumulator.parse(f"{text} stochastic")
+    fmt = accumulator.levels[0].fmt
+    spacing = 2.0 ** (1 - fmt.mbits)
+    for seed in range(8):
+        enough = 2**32 - random_word(seed, 0, 1)
+        for first in (2.0, -2.0):
+            for fraction in (enough, enough - 1):
+                x = torch.tensor([[first, math.copysign(fraction * spacing * 2.0**-32, first)]], dtype=torch.float64)
+                expected = math.copysign(2.0 + (spacing if fraction == enough else 0.0), first)
+                for engine in engines(device):
+                    assert engine.sums(x, accumulator, seed).item() == expected, engine
 
 
 @pytest.mark.parametrize("text", [*TREES, STOCHASTIC])
