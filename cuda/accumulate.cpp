@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <string_view>
 
 #include "lowprec/accumulate.h"
 #include "lowprec/accumulate_ops.h"
-#include "lowprec/accumulate_panels.h"
+#include "lowprec/accumulate_vectors.h"
 #include "lowprec/draws.h"
 #include "lowprec/operands.h"
 
@@ -31,6 +33,25 @@ class Widen {
   Layout from_ = Layout::of(C{});
   Writer write_{from_, Layout::of(CarrierOf<C>{})};
 };
+
+#ifdef LOWPREC_VECTORS
+
+enum class Vectors { none, avx2, avx512 };
+
+/// The vectors of the machine, or fewer where torch is told so by the same variable.
+inline Vectors vectors() {
+  static const Vectors found = [] {
+    const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string_view limit = variable ? variable : "";
+    if (limit == "default" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Vectors::none;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+    return wide && limit != "avx2" ? Vectors::avx512 : Vectors::avx2;
+  }();
+  return found;
+}
+
+#endif
 
 /// Every output by itself, whatever the accumulator: no float arithmetic.
 template <class C, class Sum>
@@ -109,8 +130,16 @@ struct Cpu {
   static bool multiply_by_vectors([[maybe_unused]] const AccumulatorSpec& spec, [[maybe_unused]] const Product<C>& x,
                                   [[maybe_unused]] const Tensor& out, [[maybe_unused]] uint64_t seed,
                                   [[maybe_unused]] uint64_t offset) {
-#ifdef LOWPREC_AVX512
-    return avx512::multiply(spec, seed, offset, x, static_cast<typename CarrierOf<C>::Bits*>(out.mutable_data_ptr()));
+#ifdef LOWPREC_VECTORS
+    auto* results = static_cast<typename CarrierOf<C>::Bits*>(out.mutable_data_ptr());
+    switch (vectors()) {
+      case Vectors::avx512:
+        return multiply_avx512(spec, seed, offset, x, results);
+      case Vectors::avx2:
+        return multiply_avx2(spec, seed, offset, x, results);
+      default:
+        return false;
+    }
 #else
     return false;
 #endif

@@ -5,6 +5,9 @@ NaN compares as NaN. Shapes lie around the sides of tiles, numbers where sums ti
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -237,6 +240,34 @@ def test_threads_change_nothing(text: str) -> None:
         torch.set_num_threads(threads)
         results.append(_ops.matmul(a, b, Accumulator.parse(text).fields, *seeds(torch.device("cpu"))))
     assert_bits_equal(*results)
+
+
+_DIGEST = """
+import hashlib, torch
+from lowprec.accumulator import Accumulator
+from lowprec import _ops
+torch.manual_seed(5)
+digest = hashlib.sha256()
+for text in {texts!r}:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        a, b = torch.randn(2, 9, 70).to(dtype), torch.randn(2, 70, 37).to(dtype)
+        a[0, :3] *= 2.0**-14
+        for left, right in ((a, b), (a[:, :1], b.mT.contiguous().mT)):
+            sums = _ops.matmul(left, right, Accumulator.parse(text).fields, torch.tensor(1), torch.tensor(2))
+            digest.update(sums.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_instruction_sets_change_nothing() -> None:
+    """The same digest of results by AVX-512, by AVX2 and without vectors, on machines that have them."""
+    texts = ("1-6-9", "1-4-3:subnormals=off", "bf16", "fp32", "1-5-2 stochastic", "chunk8:1-5-10:specials=ieee/fp32")
+    command = [sys.executable, "-c", _DIGEST.format(texts=texts)]
+    digests = {
+        subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": name}, capture_output=True, check=True).stdout
+        for name in ("avx512", "avx2", "default")
+    }
+    assert len(digests) == 1
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -1,40 +1,20 @@
-// Matrix products by AVX-512: how operands are packed, and how tiles of outputs walk through an accumulator's tree, all
-// of a tile's sums together.
+// Sums and matrix products by vectors: how operands are packed, and how tiles of outputs walk through an accumulator's
+// tree, all of a tile's sums together.
+//
+// To be included where the compiler's target has the vectors V, after everything else.
 #pragma once
 
-#include "lowprec/accumulate_avx512.h"
+#include "lowprec/accumulate_step.h"
 
-#ifdef LOWPREC_AVX512
-
-#include <algorithm>
-#include <cstdint>
-#include <iterator>
-#include <memory>
-#include <new>
-#include <type_traits>
-#include <utility>
-
-#include "lowprec/accumulate_ops.h"
-#include "lowprec/operands.h"
-#include "lowprec/philox.h"
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,fma,f16c")
+#ifdef LOWPREC_VECTORS
 
 namespace lowprec {
-namespace avx512 {
 namespace {
 
 constexpr int64_t kChunk = 512;    // terms that are packed at once
 constexpr int64_t kRowBlock = 64;  // outputs of a task
 constexpr int64_t kColumnBlock = 128;
-constexpr int kTile = 8;        // vectors of a tile
 constexpr int64_t kDraws = 32;  // roundings of an output whose words are drawn at once
-
-inline bool supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-}
 
 /// The machine's default: to nearest, nothing flushed, no traps. The caller's settings come back at the end.
 class DefaultArithmetic {
@@ -147,9 +127,9 @@ struct TilePlan {
   Target<V> target[kMaxLevels];
   Kernels<V> kernels[kMaxLevels];
   SumWords words;
-  Draw8 draw;
+  typename V::Draw draw;
   bool usable = false;
-  alignas(64) typename V::Scalar ones[kTile * V::lanes];
+  alignas(64) typename V::Scalar ones[V::rows * V::vectors * V::lanes];
 
   /// `wide` as in `Target`.
   TilePlan(const AccumulatorSpec& spec, int64_t terms, uint64_t seed, uint64_t offset, bool wide)
@@ -367,25 +347,12 @@ bool multiply_in(const AccumulatorSpec& spec, uint64_t seed, uint64_t offset, Pr
   if (!plan.usable) return false;
   if (x.rows == 1 && x.columns == 1) x.join_batch();
   if (x.columns < kColumnBlock && x.columns < x.rows) x.transpose();
-  x.rows < 4 ? multiply_blocks<C, V, 1, 8>(plan, x, out) : multiply_blocks<C, V, 4, 2>(plan, x, out);
+  x.rows < V::rows ? multiply_blocks<C, V, 1, V::rows * V::vectors>(plan, x, out)
+                   : multiply_blocks<C, V, V::rows, V::vectors>(plan, x, out);
   return true;
 }
 
-/// The product in the narrowest vectors that serve.
-template <class C>
-bool multiply(const AccumulatorSpec& spec, uint64_t seed, uint64_t offset, const Product<C>& x,
-              typename CarrierOf<C>::Bits* out) {
-  if (!supported()) return false;
-  if constexpr (!std::is_same_v<C, Float64>) {
-    if (multiply_in<Floats>(spec, seed, offset, x, out)) return true;
-  }
-  return multiply_in<Doubles>(spec, seed, offset, x, out);
-}
-
 }  // namespace
-}  // namespace avx512
 }  // namespace lowprec
-
-#pragma GCC pop_options
 
 #endif
