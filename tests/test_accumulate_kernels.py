@@ -246,11 +246,11 @@ _DIGEST = """
 import hashlib, torch
 from lowprec.accumulator import Accumulator
 from lowprec import _ops
-torch.manual_seed(5)
+numbers = (torch.arange(2 * 9 * 70 * 37) * 7919 % 20011 - 10005) / 4096  # torch draws others by other instructions
 digest = hashlib.sha256()
 for text in {texts!r}:
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        a, b = torch.randn(2, 9, 70).to(dtype), torch.randn(2, 70, 37).to(dtype)
+        a, b = numbers[:1260].reshape(2, 9, 70).to(dtype), numbers[-5180:].reshape(2, 70, 37).to(dtype)
         a[0, :3] *= 2.0**-14
         for left, right in ((a, b), (a[:, :1], b.mT.contiguous().mT)):
             sums = _ops.matmul(left, right, Accumulator.parse(text).fields, torch.tensor(1), torch.tensor(2))
