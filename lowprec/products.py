@@ -16,6 +16,7 @@ from torch import Tensor
 from lowprec import contractions
 from lowprec.blocked import convolve, factor, finish, term, times
 from lowprec.contractions import Contraction, contract, matmul
+from lowprec.lookups import look_up
 from lowprec.roles import Roles, is_learnt
 from lowprec.windows import Geometry
 
@@ -188,12 +189,25 @@ def _transposed(x: Tensor) -> Tensor:
     return x.t()
 
 
-def embedding(roles: Roles, function: Handler, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def embedding(
+    roles: Roles,
+    function: Handler,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
     """The rows of a rounded table; only rows that are looked up get rounded, which gives the same bits."""
-    if weight.requires_grad and torch.is_grad_enabled():
-        roles.leave_out(gradient_of_weight_alone=True)
-    rows = function(input, roles.learnt(weight), *args, **kwargs)
-    return roles.rows(rows)
+    table, summed = roles.learnt(weight), roles.accumulators.weight_grad is not None
+    if summed and max_norm is None and not scale_grad_by_freq and not sparse:
+        padding = None if padding_idx is None else padding_idx % weight.shape[0]
+        return roles.rows(look_up(roles, input, table, padding))
+    if summed and weight.requires_grad and torch.is_grad_enabled():
+        roles.left_out = True
+    return roles.rows(function(input, table, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse))
 
 
 def embedding_bag(roles: Roles, function: Handler, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:

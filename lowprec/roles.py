@@ -98,12 +98,9 @@ class Roles:
         state = self._state(STATEFUL.index("accumulator"))
         return Sums(forward, left, right, of_left, of_right, gradient, state)
 
-    def leave_out(self, gradient_of_weight_alone: bool = False) -> None:
-        """Note that torch sums up what an accumulator was to; for a lookup, the gradient alone has sums."""
-        forward, input_grad, weight_grad, _ = self.accumulators
-        others = forward is not None or input_grad is not None
-        if weight_grad is not None or (others and not gradient_of_weight_alone):
-            self.left_out = True
+    def leave_out(self) -> None:
+        """Note that torch sums up what an accumulator was to."""
+        self.left_out = self.left_out or self.accumulators.of_products
 
     def reducing(self) -> Reducing | None:
         """How the next op that is no product sums up; None for torch's own way."""

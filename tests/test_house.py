@@ -35,7 +35,7 @@ LAYERS = (
     {"sums"},
     {"roles"},
     {"blocked"},
-    {"contractions"},
+    {"contractions", "lookups"},
     {"products"},
     {"reductions"},
     {"attention", "recurrent"},
