@@ -59,7 +59,7 @@ class Lookup(torch.autograd.Function):
 def _summed(
     index: Tensor, dy: Tensor, length: int, padding: int | None, sums: Sums, seed: Tensor | None, offset: Tensor | None
 ) -> Tensor:
-    """For each of `length` rows the sum of its dy [T, D]: formed for all of them or, if that is less, for all lookups."""
+    """For each of `length` rows the sum of its dy [T, D]: of all of them or, if that is less, of all lookups."""
     lookups = index.shape[0]
     rows = torch.arange(length, device=index.device) if length <= lookups else index
     chosen = rows.unsqueeze(1) == index
