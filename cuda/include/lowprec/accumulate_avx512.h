@@ -50,9 +50,10 @@ class Draw8 {
 
  private:
   /// The words are the low halves of the lanes.
-  void philox(__m512i group, __m512i* row) const {
+  LOWPREC_INLINE void philox(__m512i group, __m512i* row) const {
     const __m512i multiplier0 = _mm512_set1_epi64(0xD2511F53), multiplier1 = _mm512_set1_epi64(0xCD9E8D57);
     __m512i c0 = group, c1 = _mm512_srli_epi64(group, 32), c2 = offset_[0], c3 = offset_[1];
+#pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
       const __m512i first = _mm512_mul_epu32(c0, multiplier0), second = _mm512_mul_epu32(c2, multiplier1);
       c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(second, 32), c1, key_[round][0], 0x96);
