@@ -376,7 +376,7 @@ def test_wrong_settings_are_named(words: dict[str, str], message: str, tmp_path:
 
 def test_wrong_names_are_named(tmp_path: Path) -> None:
     assert ("capacity", capacity.QUESTION) in studies.names()
-    with pytest.raises(ValueError, match="unknown study 'capacities'; there are capacity"):
+    with pytest.raises(ValueError, match="unknown study 'capacities'; there are accumulation, capacity"):
         studies.run("capacities", {}, out=tmp_path)
     with pytest.raises(ValueError, match="engine must be one of local"):
         studies.run("capacity", {}, out=tmp_path, engine="ray")

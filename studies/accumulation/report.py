@@ -144,7 +144,8 @@ def _about_sums(summary: Summary) -> list[str]:
         "ones; fitted to logarithms, one slope for all mantissa bits, where no term drowns (at every level the last",
         "sum's spacing is at most a quarter of what is added to it). *Error / law*: geometric mean. *Per doubling*:",
         "what each doubling of K adds to a tree's error, over 2^-m. Means over draws with 95% intervals; *law*: the",
-        "same fit to the law.",
+        "same fit to the law. Products of fp8 numbers have few bits: short sums of them are exact, so errors begin",
+        "below the law and grow faster until they meet it.",
         "",
     ]
 
