@@ -243,6 +243,13 @@ def _hopper_leaves(a: Tensor, b: Tensor, kind: int, terms: int) -> Tensor:
     return eager_hopper.leaves(a, b, HOPPER[LEAVES[kind]], terms)
 
 
+def _no_tensor_cores(a: Tensor, *args: Any) -> Tensor:
+    raise RuntimeError(
+        f"tensor_core leaves are what the hardware gives: they need the compiled kernels and a CUDA device, got a on "
+        f"{a.device}; hopper_fp16 and hopper_fp8 model Hopper's on any device"
+    )
+
+
 def _draw_seed() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu").random_()
 
@@ -322,6 +329,27 @@ def _fake_matmul(a: Tensor, b: Tensor, *args: Any) -> Tensor:
 def _fake_hopper_leaves(a: Tensor, b: Tensor, kind: int, terms: int) -> Tensor:
     (batch, rows, K), columns = a.shape, b.shape[2]
     return a.new_empty((batch, rows, columns, eager_hopper.leaf_count(K, terms)), dtype=torch.float32)
+
+
+def _fake_tensor_core_leaves(a: Tensor, b: Tensor, terms: int) -> Tensor:
+    return _fake_hopper_leaves(a, b, 0, terms)
+
+
+def _fake_products(a: Tensor, b: Tensor, *args: Any) -> Tensor:
+    return a.new_empty((*a.shape[:2], b.shape[2]), dtype=torch.float32)
+
+
+def _fake_products_cast(
+    a: Tensor,
+    b: Tensor,
+    accumulator: list[int],
+    seed: Tensor | None,
+    offset: Tensor | None,
+    format: list[int],
+    *args: Any,
+) -> Tensor:
+    codes, dtype = args[-2:]
+    return a.new_empty((*a.shape[:2], b.shape[2]), dtype=eager.code_dtype(format) if codes else dtype)
 
 
 def _fake_seed() -> Tensor:
@@ -419,6 +447,26 @@ _define(
     _fake_hopper_leaves,
     rule=batch_matmul,
 )
+_define(
+    "tensor_core_leaves(Tensor a, Tensor b, int terms) -> Tensor",
+    _no_tensor_cores,
+    _fake_tensor_core_leaves,
+    rule=batch_matmul,
+)
+_define(
+    "tensor_core_matmul(Tensor a, Tensor b, int[] accumulator, Tensor? seed, Tensor? offset) -> Tensor",
+    _no_tensor_cores,
+    _fake_products,
+    rule=batch_matmul,
+)
+_define(
+    "tensor_core_matmul_cast(Tensor a, Tensor b, int[] accumulator, Tensor? seed, Tensor? offset, int[] format, "
+    "int rounding, bool saturate, Tensor? cast_seed, Tensor? cast_offset, int random_bits, bool codes, "
+    "ScalarType dtype) -> Tensor",
+    _no_tensor_cores,
+    _fake_products_cast,
+    batched=False,
+)
 _define(f"encode_packed({_CAST}) -> Tensor", _encode_packed, _fake_encode_packed, rule=batch_encode_packed)
 _define(
     "decode_packed(Tensor codes, int[] format, int size, ScalarType dtype) -> Tensor",
@@ -453,6 +501,9 @@ decode_block = torch.ops.lowprec.decode_block.default
 cast_transpose = torch.ops.lowprec.cast_transpose.default
 activate = torch.ops.lowprec.activate.default
 accumulate_ = torch.ops.lowprec.accumulate_.default
+tensor_core_leaves = torch.ops.lowprec.tensor_core_leaves.default
+tensor_core_matmul = torch.ops.lowprec.tensor_core_matmul.default
+tensor_core_matmul_cast = torch.ops.lowprec.tensor_core_matmul_cast.default
 draw_seed = torch.ops.lowprec.draw_seed.default
 
 # Gradients that torch has as operators alone.

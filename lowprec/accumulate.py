@@ -190,9 +190,23 @@ def _require_operands(fields: list[int], **dtypes: torch.dtype) -> None:
     """TypeError for dtypes that are no operands of an accumulator; the model of tensor cores has its own."""
     leaf = LEAVES[fields[0]]
     allowed = DTYPES if leaf == "hopper_fp8" else DTYPES[len(FLOAT8) :] if leaf in HOPPER else tuple(CONTAINERS)
+    if leaf == "tensor_core":
+        _require_tensor_core(dtypes)
+        allowed = DTYPES
     for name, dtype in dtypes.items():
         if dtype not in allowed:
             raise TypeError(f"{name} must be one of {_names(allowed)} for {leaf}, got {dtype}")
+
+
+def _require_tensor_core(dtypes: dict[str, torch.dtype]) -> None:
+    """ValueError for what is no pair of operands of a tensor core: of one 16-bit dtype, or of float8."""
+    kinds = {"float8" if dtype in FLOAT8 else str(dtype) for dtype in dtypes.values()}
+    if len(kinds) > 1 or not all(dtype in DTYPES[:-1] for dtype in dtypes.values()):
+        given = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(
+            "tensor_core multiplies operands that are both bfloat16, both float16, or each one of "
+            f"{_names(FLOAT8)}: cast them first, got {given}"
+        )
 
 
 def _dimensions(x: Tensor, dim: int | Sequence[int] | None) -> list[int]:
@@ -358,7 +372,7 @@ def _product(
     a: Tensor, b: Tensor, fields: list[int], seed: Tensor | None, offset: Tensor | None, carrier: torch.dtype
 ) -> Tensor:
     """The product [..., M, N] in its carrier."""
-    if not _is_hopper(fields) and (a.dtype != b.dtype or _carrier(a.dtype) != carrier):
+    if not _has_own_operands(fields) and (a.dtype != b.dtype or _carrier(a.dtype) != carrier):
         a, b = _carry(a, carrier), _carry(b, carrier)
     batch = [n if m == 1 else m for m, n in zip(a.shape[:-2], b.shape[:-2], strict=True)]
     (height, depth), width = a.shape[-2:], b.shape[-1]
@@ -377,15 +391,44 @@ def _tree(a: Tensor, b: Tensor, fields: list[int], seed: Tensor | None, offset: 
         leaves = _ops.hopper_leaves(a, b, *fields[:2])
         sums: Tensor = _ops.accumulate(leaves.flatten(0, 2), [0, 0, *fields[2:]], seed, offset)
         return sums.reshape(leaves.shape[:3])
-    if fields[0] > LEAVES.index("exact"):
-        raise NotImplementedError(f"{LEAVES[fields[0]]} leaves are not there yet")
+    if LEAVES[fields[0]] == "tensor_core":
+        return _tensor_core(a, b, fields, seed, offset)
     product: Tensor = _ops.matmul(a, b, fields, seed, offset)
     return product
+
+
+def _tensor_core(a: Tensor, b: Tensor, fields: list[int], seed: Tensor | None, offset: Tensor | None) -> Tensor:
+    """The product with leaves by tensor cores: one level over all of them is added up where they are formed."""
+    _require_operands(fields, a=a.dtype, b=b.dtype)
+    if a.device.type != "cuda":
+        raise ValueError(
+            "tensor_core leaves are what the hardware gives, and need a CUDA device; hopper_fp16 and hopper_fp8 model "
+            f"Hopper's on any device; got a on {a.device}"
+        )
+    step = 32 if a.dtype in FLOAT8 else 16
+    if fields[1] % step:
+        raise ValueError(f"tensor_core adds {step} terms of {a.dtype} at once: give k a multiple, got {fields[1]}")
+    if _is_one_level_of_tensor_core(fields):
+        product: Tensor = _ops.tensor_core_matmul(a, b, fields, seed, offset)
+        return product
+    leaves = _ops.tensor_core_leaves(a, b, fields[1])
+    sums: Tensor = _ops.accumulate(leaves.flatten(0, 2), [0, 0, *fields[2:]], seed, offset)
+    return sums.reshape(leaves.shape[:3])
 
 
 def _is_hopper(fields: list[int]) -> bool:
     """Whether leaves follow the model of Hopper's tensor cores, to which an operand's own dtype matters."""
     return LEAVES[fields[0]] in HOPPER
+
+
+def _is_one_level_of_tensor_core(fields: list[int]) -> bool:
+    """Whether all leaves, a tensor core's, are added up in one level."""
+    return LEAVES[fields[0]] == "tensor_core" and len(fields) == 16 and fields[8] == 0
+
+
+def _has_own_operands(fields: list[int]) -> bool:
+    """Whether an operand's own dtype matters, as it does to tensor cores."""
+    return fields[0] > LEAVES.index("exact")
 
 
 def _carry(x: Tensor, carrier: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """Fused casts: more than one thing done to a tensor while it is read once.
 
 `transpose` casts into both layouts, `activate` scales, adds a bias, applies an activation function and casts,
-`accumulate_` adds to a tensor and casts the sum.
+`accumulate_` adds to a tensor and casts the sum, `matmul` multiplies codes and casts the product.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lowprec.cast import (
 )
 from lowprec.eager import CONTAINERS, code_dtype
 from lowprec.eager_fused import ACTIVATIONS, along
+from lowprec.fused_matmul import matmul as matmul
 from lowprec.rounding import Rounding
 
 Kind = Literal["values", "codes"] | None

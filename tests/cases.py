@@ -217,6 +217,43 @@ def _hopper_operands(device: torch.device) -> list[Arguments]:
     return [(*pair, *how) for pair in (*wide, *none, *narrow) for how in ((3, 64), (4, 16), (4, 0))]
 
 
+def _tensor_core_operands(device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Operands of every pair of dtypes, strides, and none; float8, which opcheck cannot take, last. None on a CPU."""
+    if device.type == "cpu":
+        return []
+    a = torch.linspace(-9, 9, 2 * 3 * 70, device=device).reshape(2, 3, 70)
+    b = torch.linspace(-3, 4, 2 * 70 * 5, device=device).reshape(2, 70, 5)
+    wide = [(a.half()[:, :, :48], b.half()[:, :48]), (a.bfloat16(), b.mT.contiguous().mT.bfloat16())]
+    return [
+        *wide,
+        (a.bfloat16()[:, :, :0], b.bfloat16()[:, :0]),
+        (a.bfloat16()[:, :0], b.bfloat16()),
+        (a.to(torch.float8_e4m3fn), b.to(torch.float8_e5m2)),
+    ]
+
+
+def _tensor_core_products(device: torch.device) -> list[Arguments]:
+    """Sums by every way: plain, rounded with either overflow, and in any format and mode, drawn too."""
+    sums = ["fp32", "1-6-9", "bf16", "1-5-2 down", "1-4-3 stochastic"]
+    accumulators = [Accumulator.parse(f"tensor_core{k}:{text}") for k in (32, 64) for text in sums]
+    return [
+        (*pair, accumulator.fields, torch.tensor(7) if accumulator.is_stochastic else None, None)
+        for pair in _tensor_core_operands(device)
+        for accumulator in accumulators
+    ]
+
+
+def _tensor_core_casts(device: torch.device) -> list[Arguments]:
+    """Values in each dtype and codes, by every mode."""
+    fields = Accumulator.parse("tensor_core64:1-6-9").fields
+    kinds = [(True, torch.float32), (False, torch.bfloat16), (False, torch.float16)]
+    return [
+        (*pair, fields, None, None, *how, *kind)
+        for pair in _tensor_core_operands(device)
+        for how, kind in zip(_modes(device, "e4m3fn"), kinds, strict=True)
+    ]
+
+
 CASES = [
     Case("adapt", _adaptations),
     Case("quantize", _casts()),
@@ -259,6 +296,12 @@ CASES = [
     Case("accumulate", _rows),
     Case("matmul", _factors),
     Case("hopper_leaves", _hopper_operands),
+    Case(
+        "tensor_core_leaves",
+        lambda device: [(*pair, terms) for pair in _tensor_core_operands(device) for terms in (32, 64, 0)],
+    ),
+    Case("tensor_core_matmul", _tensor_core_products),
+    Case("tensor_core_matmul_cast", _tensor_core_casts),
     Case("encode_packed", _casts(text="e3m2fn")),
     Case("decode_packed", _dense_codes),
     Case("pack_codes", lambda device: [(codes, 4) for codes in _few_codes(device)]),
