@@ -80,6 +80,13 @@ template <Operands kKind>
 struct Stages;
 struct Steps;
 
+// Devices before Hopper, which never run the kernel, know no clusters.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define LOWPREC_IN_CLUSTERS __cluster_dims__(kCluster, 1, 1)
+#else
+#define LOWPREC_IN_CLUSTERS
+#endif
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /// Whether a pair of tiles is left out: no warp of it is to form its sums again.
@@ -322,7 +329,7 @@ LOWPREC_DEVICE void consume(const ProductCall& call, const typename Sum::Setting
 #endif
 
 template <class Way, class Sum>
-__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
+__global__ void LOWPREC_IN_CLUSTERS __launch_bounds__(kBlockThreads, 1)
     product_kernel(const __grid_constant__ ProductCall call, const __grid_constant__ typename Sum::Setting setting,
                    const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
