@@ -66,10 +66,10 @@ WIDE = (
 )
 """Those of float64 besides."""
 
-SHAPES = ((1, 3, 5), (2, 1, 17), (1, 4, 33), (1, 66, 3), (1, 2, 130), (20, 1, 1))
+SHAPES = ((1, 3, 5), (2, 1, 17), (1, 4, 33), (1, 5, 31), (1, 66, 3), (1, 2, 130), (20, 1, 1))
 """Of results: short of a vector, a tile and a block, and past them."""
 
-KINDS = ("random", "wide", "ties", "cancelling", "special", "tiny")
+KINDS = ("random", "wide", "ties", "near_ties", "cancelling", "special", "tiny")
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Tensor:
@@ -79,6 +79,9 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Tensor:
         x *= torch.exp2(torch.randint(-30, 30, shape).double())
     if kind == "ties":
         x = torch.randint(-9, 10, shape) * torch.exp2(torch.randint(-9, 3, shape).double())
+    if kind == "near_ties":  # halves of many spacings, and products with a last digit far below them
+        last = torch.randint(-1, 2, shape) * torch.finfo(dtype).eps
+        x = x.sign() * (1 + last) * torch.exp2(-torch.randint(0, 13, shape).double())
     if kind == "cancelling":
         x = torch.where(torch.rand(shape) < 0.5, x.sign() * 1000, x * torch.exp2(torch.randint(-20, 0, shape).double()))
     if kind == "special":
