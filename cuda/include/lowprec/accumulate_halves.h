@@ -116,14 +116,22 @@ class HalfSums {
 
   LOWPREC_DEVICE void read(Values& values) const {
 #pragma unroll
-    for (int at = 0; at < To::outputs; ++at) values[at] = value_of<kBfloat>(s_[at / side][at % side / 2], at % 2);
+    for (int at = 0; at < To::outputs; ++at) values[at] = value(at);
   }
 
+  LOWPREC_DEVICE float value(int at) const { return value_of<kBfloat>(s_[at / side][at % side / 2], at % 2); }
+
   LOWPREC_DEVICE void rise() {
-    Values values;
-    read(values);
+    if (upper_.single()) {
+      const bool first = upper_.begins();
+#pragma unroll
+      for (int at = 0; at < To::outputs; ++at) upper_.add_single(at, value(at), first);
+    } else {
+      Values values;
+      read(values);
+      upper_.add(0, values);
+    }
     begin();
-    upper_.add(0, values);
   }
 
   const Context<To>& in_;
@@ -144,8 +152,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
   const To share = share_of<To>(of, at);
   const SumWords words = draws.read(plan.tree.roundings);
-  const Context<To> in{of, plan, share};
-  UpperSums<To> upper(in, tower, words);
+  const Context<To> in{of, plan, words, share};
+  UpperSums<To> upper(in, tower);
   HalfSums<kBfloat> sums(in, upper);
 
   const auto fetch = [&](int64_t depth) {

@@ -40,6 +40,7 @@ class TilePlan {
     if (kernel_ == Kernel::none) return;
     if (kernel_ == Kernel::single || halves()) to_ = as_they_are();
     for (int i = 1; i < plan_.tree.stages; ++i) tower_.level[i - 1] = upper(spec.level[plan_.tree.stage[i].level]);
+    tower_.single = plan_.tree.stages == 2 && tower_.level[0].single;
     set_product();
     if (blocks() > kMostBlocks) kernel_ = Kernel::none;
   }
@@ -138,14 +139,24 @@ class TilePlan {
 
   template <bool kBfloat>
   void run_halves(float* out, cudaStream_t stream) const {
+    const int shared = shared_bytes<typename HalfSums<kBfloat>::To>(halves_kernel<kBfloat>);
     halves_kernel<kBfloat>
-        <<<static_cast<unsigned>(blocks()), kTileThreads, 0, stream>>>(product_, plan_, tower_, draws_, out);
+        <<<static_cast<unsigned>(blocks()), kTileThreads, shared, stream>>>(product_, plan_, tower_, draws_, out);
   }
 
   template <class Ways>
   void run(const Ways& ways, float* out, cudaStream_t stream) const {
-    tiles_kernel<<<static_cast<unsigned>(blocks()), kTileThreads, 0, stream>>>(product_, ways, plan_, tower_, draws_,
-                                                                               out);
+    const int shared = shared_bytes<typename Ways::To>(tiles_kernel<Ways>);
+    tiles_kernel<<<static_cast<unsigned>(blocks()), kTileThreads, shared, stream>>>(product_, ways, plan_, tower_,
+                                                                                    draws_, out);
+  }
+
+  /// Shared memory besides the tiles, which a kernel may have once it is told so.
+  template <class To, class Kernel>
+  int shared_bytes(Kernel kernel) const {
+    if (!tower_.single) return 0;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSingleBytes<To>);
+    return kSingleBytes<To>;
   }
 
   SumPlan<Float32> plan_;

@@ -239,12 +239,14 @@ template <class To>
 struct Context {
   const Product& of;
   const SumPlan<Float32>& plan;
+  const SumWords& words;
   const To& share;
 };
 
 /// IEEE single precision.
 struct SingleWays {
   static constexpr int side = 8;
+  static constexpr int blocks = 2;  // of a multiprocessor: what registers allow
   using State = NoState;
   using To = Share<side>;
 
@@ -259,6 +261,7 @@ struct SingleWays {
 /// Nearest even. False where only the general way is right: operands that cannot be scaled, or are not finite.
 struct NearestWays {
   static constexpr int side = 8;
+  static constexpr int blocks = 2;  // of a multiprocessor: what registers allow
   using State = NoState;
   using To = Share<side>;
 
@@ -286,6 +289,7 @@ struct NearestWays {
 /// The other deterministic modes, and formats without subnormals.
 struct DirectedWays {
   static constexpr int side = 8;
+  static constexpr int blocks = 2;  // of a multiprocessor: what registers allow
   using State = NoState;
   using To = Share<side>;
 
@@ -336,12 +340,27 @@ struct WordState {
     for (int i = 0; i < 2 * rounds; ++i) asm("" : "+r"(key[i / 2][i % 2]));  // not to be worked out again and again
   }
 
+  /// What groups have in common whose numbers differ in the low word alone: of the two rounds before that word is in
+  /// all of the counter.
+  struct Common {
+    uint32_t second, third, fourth, key;
+  };
+
+  LOWPREC_DEVICE Common common(uint32_t group_high) const {
+    const uint64_t of_third = multiply(third, second_factor);
+    const uint64_t of_first = multiply(high_half(of_third) ^ group_high ^ key[0][0], first_factor);
+    return {low_half(of_third) ^ key[1][0], high_half(of_first) ^ key[1][1], low_half(of_first), fourth ^ key[0][1]};
+  }
+
   /// As philox(seed, offset, group).
-  LOWPREC_DEVICE Words of(uint64_t group) const {
-    uint32_t c0 = low_half(group), c1 = high_half(group), c2 = third, c3 = fourth;
+  LOWPREC_DEVICE Words draw(uint32_t group_low, const Common& same) const {
+    const uint64_t begin = multiply(group_low, first_factor);
+    const uint64_t next = multiply(high_half(begin) ^ same.key, second_factor);
+    uint32_t c0 = high_half(next) ^ same.second, c1 = low_half(next), c2 = low_half(begin) ^ same.third,
+             c3 = same.fourth;
 #pragma unroll
-    for (int i = 0; i < rounds; ++i) {
-      const uint64_t first = multiply(c0, 0xD2511F53u), second = multiply(c2, 0xCD9E8D57u);
+    for (int i = 2; i < rounds; ++i) {
+      const uint64_t first = multiply(c0, first_factor), second = multiply(c2, second_factor);
       c0 = high_half(second) ^ c1 ^ key[i][0];
       c1 = low_half(second);
       c2 = high_half(first) ^ c3 ^ key[i][1];
@@ -349,6 +368,9 @@ struct WordState {
     }
     return {{c0, c1, c2, c3}};
   }
+
+ private:
+  static constexpr uint32_t first_factor = 0xD2511F53u, second_factor = 0xCD9E8D57u;
 };
 
 /// Stochastic rounding of sums, four terms of an output at a time.
@@ -357,7 +379,9 @@ struct WordState {
 /// sum, whatever the rest of both, unless all digits of that are ones: then `settle` decides.
 struct RandomWays {
   static constexpr int side = 4;
+  static constexpr int blocks = 2;
   static constexpr int group = 4;
+  static constexpr int at_once = 4;  // outputs, since every draw and every sum waits for the one before
   using State = WordState;
   using To = Share<side>;
 
@@ -366,13 +390,16 @@ struct RandomWays {
     float a, b;
     uint32_t word;
   };
-  template <int kSteps>
   struct Steps {
-    Step at[kSteps];
+    Step at[group];
   };
 
   QuickRound to;
   WayRules rules;
+  int shift;  // to a word's digits that count with those to be cut off
+
+  RandomWays(const QuickRound& to, const WayRules& rules)
+      : to(to), rules(rules), shift(32 - Float32::fraction_bits + to.digits - 1) {}
 
   LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>& in, const State& words, float& most,
                           To::Sums& s) const {
@@ -386,69 +413,103 @@ struct RandomWays {
  private:
   template <bool kLimited>
   LOWPREC_DEVICE void add_groups(const Terms& terms, const Context<To>& in, const State& words, To::Sums& s) const {
-    const bool aligned = (words.roundings | terms.first) % group == 0;
     int k = 0;
-    if (aligned) {
+    if ((words.roundings | terms.first) % group == 0) {
 #pragma unroll 1
-      for (; k + group <= terms.count; k += group) add_steps<kLimited, group>(terms, k, in, words, s);
+      for (; k + group <= terms.count; k += group) {
+        if (!add_group<kLimited>(terms, k, in, words, s)) add_each(terms, k, group, in, s);
+      }
     }
-#pragma unroll 1
-    for (; k < terms.count; ++k) add_steps<kLimited, 1>(terms, k, in, words, s);
+    add_each(terms, k, terms.count - k, in, s);
   }
 
-  template <bool kLimited, int kSteps>
-  LOWPREC_DEVICE void add_steps(const Terms& terms, int k, const Context<To>& in, const State& words,
+  /// Add the terms of one group. False where the groups of a thread's outputs in one row differ in their high words.
+  template <bool kLimited>
+  LOWPREC_DEVICE bool add_group(const Terms& terms, int k, const Context<To>& in, const State& words,
                                 To::Sums& s) const {
-    float x[kSteps][side], y[kSteps][side];
+    const auto apart = static_cast<uint32_t>(words.roundings / group);
+    uint64_t first[side];
+    bool carries = false;
 #pragma unroll
-    for (int t = 0; t < kSteps; ++t) {
+    for (int i = 0; i < side; ++i) {
+      first[i] = static_cast<uint64_t>(in.share.output(i, 0) * words.roundings + terms.first + k) / group;
+      carries |= low_half(first[i]) > low_half(first[i]) + side * apart;
+    }
+    if (__any_sync(0xFFFFFFFFu, carries) || words.roundings / group > 1 << 28) return false;
+
+    float x[group][side], y[group][side];
+#pragma unroll
+    for (int t = 0; t < group; ++t) {
       read_side(terms.a + (k + t) * To::tile, x[t]);
       read_side(terms.b + (k + t) * To::tile, y[t]);
     }
-    // Two outputs at once, since every draw and every sum waits for the one before.
-    constexpr int both = kSteps == 1 ? 1 : 2;
 #pragma unroll
-    for (int at = 0; at < To::outputs; at += both) {
-      Steps<kSteps> steps[both];
-      float sum[both];
-      bool doubt = false;
+    for (int i = 0; i < side; ++i) {
+      const auto same = words.common(high_half(first[i]));
 #pragma unroll
-      for (int n = 0; n < both; ++n) {
-        const int i = at / side, j = at % side + n;
-        const auto index = static_cast<uint64_t>(in.share.output(i, j) * words.roundings + terms.first + k);
-        const Words drawn = words.of(index / group);
-        sum[n] = s[i][j];
+      for (int j = 0; j < side; j += at_once) {
+        Steps steps[at_once];
+        float sum[at_once];
+        bool doubt[at_once] = {}, any = false;
 #pragma unroll
-        for (int t = 0; t < kSteps; ++t) {
-          const uint32_t word = kSteps == 1 ? select(drawn, static_cast<int>(index % group)) : drawn.word[t];
-          steps[n].at[t] = {x[t][i], y[t][j], word};
-          sum[n] = step<kLimited>(steps[n].at[t], sum[n], doubt);
+        for (int n = 0; n < at_once; ++n) {
+          const Words drawn = words.draw(low_half(first[i]) + (j + n) * apart, same);
+          sum[n] = s[i][j + n];
+#pragma unroll
+          for (int t = 0; t < group; ++t) {
+            steps[n].at[t] = {x[t][i], y[t][j + n], drawn.word[t]};
+            sum[n] = step<kLimited>(steps[n].at[t], sum[n], doubt[n]);
+          }
+          any |= doubt[n];
         }
-      }
+        if (any) [[unlikely]] {
 #pragma unroll
-      for (int n = 0; n < both; ++n) {
-        float& to_sum = s[at / side][at % side + n];
-        if (doubt) [[unlikely]]
-          sum[n] = settle(to, in, to_sum, steps[n]);
-        to_sum = sum[n];
+          for (int n = 0; n < at_once; ++n) {
+            if (doubt[n]) sum[n] = settle_all(to, in, s[i][j + n], steps[n]);
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < at_once; ++n) s[i][j + n] = sum[n];
+      }
+    }
+    return true;
+  }
+
+  /// Without whole groups every rounding draws for itself.
+  LOWPREC_DEVICE void add_each(const Terms& terms, int k, int count, const Context<To>& in, To::Sums& s) const {
+#pragma unroll 1
+    for (int end = k + count; k < end; ++k) {
+      float x[side], y[side];
+      read_side(terms.a + k * To::tile, x);
+      read_side(terms.b + k * To::tile, y);
+#pragma unroll
+      for (int at = 0; at < To::outputs; ++at) {
+        const int i = at / side, j = at % side;
+        s[i][j] = settle_one(to, in, s[i][j], x[i], y[j], in.share.output(i, j), terms.first + k);
       }
     }
   }
 
   template <bool kLimited>
   LOWPREC_DEVICE float step(const Step& by, float s, bool& doubt) const {
-    const uint32_t carried = __umulhi(by.word, to.unit) + as_bits(__fmaf_rz(by.a, by.b, s));
-    doubt |= (~carried & to.mask) == 0;
-    const float rounded = as_float(carried & ~to.mask);
+    // One more than the sum, so that what the doubt is about is whether nothing is left to cut off.
+    const uint32_t carried = (by.word >> shift) + as_bits(__fmaf_rz(by.a, by.b, s)) + 1;
+    const uint32_t rest = carried & to.mask;
+    doubt |= rest == 0;
+    const float rounded = as_float(carried - rest);
     return kLimited && fabsf(rounded) > to.largest ? as_float((carried & Float32::sign) | to.over) : rounded;
   }
 
-  template <int kSteps>
-  static __device__ __noinline__ float settle(const QuickRound& to, const Context<To>& in, float s,
-                                              const Steps<kSteps> steps) {
+  static __device__ __noinline__ float settle_all(const QuickRound& to, const Context<To>& in, float s,
+                                                  const Steps steps) {
 #pragma unroll 1
-    for (int t = 0; t < kSteps; ++t) s = settle(to, in, s, steps.at[t]);
+    for (int t = 0; t < group; ++t) s = settle(to, in, s, steps.at[t]);
     return s;
+  }
+
+  static __device__ __noinline__ float settle_one(const QuickRound& to, const Context<To>& in, float s, float a,
+                                                  float b, int64_t output, int64_t n) {
+    return settle(to, in, s, {a, b, in.words(output, n)});
   }
 
   static LOWPREC_DEVICE float settle(const QuickRound& to, const Context<To>& in, float s, const Step& by) {
@@ -475,7 +536,18 @@ constexpr int kUpper = 3;  // stages above the first
 
 struct Tower {
   Upper level[kUpper];
+  bool single;  // one stage above the first, in IEEE single precision
 };
+
+/// The sums of all threads in single precision above the first stage, in shared memory.
+template <class To>
+LOWPREC_DEVICE float* single_sums() {
+  extern __shared__ float sums[];
+  return sums + threadIdx.x;
+}
+
+template <class To>
+constexpr int kSingleBytes = kTileThreads * To::outputs * static_cast<int>(sizeof(float));
 
 /// The sums of all stages but the first, and how far each stage is. They are in memory, apart from what is in
 /// registers.
@@ -485,9 +557,19 @@ class UpperSums {
   static constexpr int count = To::outputs;
   using Values = typename To::Values;
 
-  LOWPREC_DEVICE UpperSums(const Context<To>& in, const Tower& tower, const SumWords& words)
-      : in_(in), tower_(tower), words_(words) {
+  LOWPREC_DEVICE UpperSums(const Context<To>& in, const Tower& tower) : in_(in), tower_(tower) {
     for (int i = 0; i < kUpper; ++i) taken_[i] = done_[i] = 0;
+  }
+
+  LOWPREC_DEVICE bool single() const { return tower_.single; }
+
+  /// Whether a group of the first stage is the first one.
+  LOWPREC_DEVICE bool begins() { return done_[0]++ == 0; }
+
+  /// Add the sum of a group of the first stage where `single`.
+  LOWPREC_DEVICE void add_single(int at, float value, bool first) const {
+    float& sum = single_sums<To>()[at * kTileThreads];
+    sum = first ? value : __fadd_rn(sum, value);
   }
 
   /// Add inputs to the stage i above the first one, and what that completes to the stages above.
@@ -504,6 +586,11 @@ class UpperSums {
 
   /// The results, after groups that are short have ended.
   LOWPREC_DEVICE void finish(Values& values) {
+    if (tower_.single) {
+#pragma unroll
+      for (int at = 0; at < count; ++at) values[at] = single_sums<To>()[at * kTileThreads];
+      return;
+    }
     const int top = in_.plan.tree.stages - 2;
     for (int i = 0; i < top; ++i) {
       if (taken_[i] == 0) continue;
@@ -523,20 +610,17 @@ class UpperSums {
   LOWPREC_DEVICE void add_to(int i, const Stage& stage, const Values& values) {
     const Upper& upper = tower_.level[i];
     const bool first = taken_[i] == 0;
-    if (upper.single) {
-#pragma unroll
-      for (int at = 0; at < count; ++at) partial_[i][at] = first ? values[at] : __fadd_rn(partial_[i][at], values[at]);
-      return;
-    }
 #pragma unroll 1
     for (int at = 0; at < count; ++at) {
       const float x = values[at], partial = partial_[i][at];
-      if (upper.quick && fabsf(x) < as_float(Float32::infinity) &&
-          (first || fabsf(partial) < as_float(Float32::infinity))) {
+      if (upper.single) {
+        partial_[i][at] = first ? x : __fadd_rn(partial, x);
+      } else if (upper.quick && fabsf(x) < as_float(Float32::infinity) &&
+                 (first || fabsf(partial) < as_float(Float32::infinity))) {
         partial_[i][at] = quick(upper.to, first ? -0.0f : partial, x);
       } else {
         const uint32_t word = in_.plan.level[stage.level].random
-                                  ? words_(in_.share.output(at / To::side, at % To::side), stage.first + done_[i])
+                                  ? in_.words(in_.share.output(at / To::side, at % To::side), stage.first + done_[i])
                                   : 0;
         partial_[i][at] = round_sum(in_.plan, stage.level, first, partial, term_of<Float32>(as_bits(x)), word);
       }
@@ -553,7 +637,6 @@ class UpperSums {
 
   const Context<To>& in_;
   const Tower& tower_;
-  const SumWords& words_;
   float partial_[kUpper][count];
   int64_t taken_[kUpper];  // inputs of the present group
   int64_t done_[kUpper];   // all inputs so far
@@ -567,8 +650,8 @@ class TileSums {
   using To = Share<side>;
   using Values = typename To::Values;
 
-  LOWPREC_DEVICE TileSums(const Ways& ways, const Context<To>& in, const SumWords& words, UpperSums<To>& upper)
-      : ways_(ways), in_(in), words_(words), upper_(upper), state_(words) {
+  LOWPREC_DEVICE TileSums(const Ways& ways, const Context<To>& in, UpperSums<To>& upper)
+      : ways_(ways), in_(in), upper_(upper), state_(in.words) {
     begin();
   }
 
@@ -631,7 +714,7 @@ class TileSums {
         const int i = at / side, j = at % side;
         const float x = terms.a[k * To::tile + To::run(i)] * left, y = terms.b[k * To::tile + To::run(j)] * right;
         const Term<Float32> term = in_.plan.products(as_bits(x), as_bits(y));
-        const uint32_t word = in_.plan.level[0].random ? words_(in_.share.output(i, j), terms.first + k) : 0;
+        const uint32_t word = in_.plan.level[0].random ? in_.words(in_.share.output(i, j), terms.first + k) : 0;
         values[at] = round_sum(in_.plan, 0, added_ + k == 0, values[at], term, word);
       }
     }
@@ -646,15 +729,20 @@ class TileSums {
 
   /// A group is complete: its sums are inputs of the stage above.
   LOWPREC_DEVICE void rise() {
-    Values values;
-    read(values);
+    if (upper_.single()) {
+      const bool first = upper_.begins();
+#pragma unroll
+      for (int at = 0; at < To::outputs; ++at) upper_.add_single(at, value(at / side, at % side), first);
+    } else {
+      Values values;
+      read(values);
+      upper_.add(0, values);
+    }
     begin();
-    upper_.add(0, values);
   }
 
   const Ways& ways_;
   const Context<To>& in_;
-  const SumWords& words_;
   UpperSums<To>& upper_;
   typename Ways::State state_;
   typename To::Sums s_;  // scaled
@@ -719,7 +807,7 @@ LOWPREC_DEVICE void write_values(const To& share, const typename To::Values& val
 }
 
 template <class Ways>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, Ways::blocks)
     tiles_kernel(const __grid_constant__ Product of, const __grid_constant__ Ways ways,
                  const __grid_constant__ SumPlan<Float32> plan, const __grid_constant__ Tower tower,
                  const SumDraws draws, float* out) {
@@ -733,9 +821,9 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
   const To share = share_of<To>(of, at);
   const SumWords words = draws.read(plan.tree.roundings);
-  const Context<To> in{of, plan, share};
-  UpperSums<To> upper(in, tower, words);
-  TileSums<Ways> sums(ways, in, words, upper);
+  const Context<To> in{of, plan, words, share};
+  UpperSums<To> upper(in, tower);
+  TileSums<Ways> sums(ways, in, upper);
 
   const auto fetch = [&](int64_t depth) {
     copy_tile<width>(tiles[depth % 2][0], a + depth * kTileSize);
