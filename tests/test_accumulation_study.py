@@ -187,8 +187,8 @@ def test_results_are_whole(finished: Path) -> None:
     results = record.read_json(finished / "results.json")
     assert [cell["accumulator"] for cell in results["cells"]] == ["fp32", "sequential-2", "pairwise-2"]
     assert len(results["curves"]) == 6 * 2
-    for part in results["sums"]:
-        for row in part["rows"]:
+    for path in finished.glob("cells/sums-*/result.json"):
+        for row in record.read_json(path)["rows"]:
             assert 0 <= row["median"] <= row["high"] <= row["max"]
             assert row["of_bound"] <= 1
     assert results["lost"]["fp32"]["estimate"] == 0
@@ -233,13 +233,16 @@ def test_findings_say_what_the_numbers_say() -> None:
             ],
         }
     ]
-    cells = [{"accumulator": "fp32", "test": [2.0, 2.1]}, {"accumulator": "pairwise-2", "test": [2.3, 2.401]}]
-    sequential, pairwise, bound, lost = findings(Summary(config, parts, cells))
+    scores = {"fp32": [2.0, 2.1], "sequential-2": [2.5, 2.601], "pairwise-2": [2.3, 2.401]}
+    cells = [{"accumulator": name, "test": test} for name, test in scores.items()]
+    sequential, pairwise, bound, _, lost, order = findings(Summary(config, parts, cells))
     assert "the error grows as K^a with a = 1.00" in sequential
     assert "each doubling of K adds 0.202" in pairwise
     assert "the worst error is 0.50 of it" in bound
-    assert lost.startswith("In training, pairwise sums of 2 mantissa bits: +0.3005")
+    assert lost.startswith("In training, pairwise sums, m = 2: +0.3005")
     assert lost.endswith("it is lost.")
+    assert "m = 2, sequential less pairwise: +0.2000" in order
+    assert order.endswith("pairwise is better.")
 
 
 @pytest.mark.parametrize(

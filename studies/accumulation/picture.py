@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from lowprec.chart import COLOURS, DASHES, GREY, INK, style
 from lowprec.rounding import Rounding
@@ -141,8 +141,6 @@ def draw_training(summary: Summary) -> bytes:
         axes.set_xlabel("mantissa bits of the accumulator of every product, forward and backward")
         axes.set_ylabel("bits per character more than with fp32")
         axes.set_xticks(summary.config.training_bits)
-        axes.set_yscale("symlog", linthresh=0.02)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.set_title("What training loses to its accumulator")
         axes.grid(axis="y")
         axes.legend(title=f"mean of {summary.config.seeds} seeds, 95%")

@@ -129,7 +129,7 @@ def _readme(summary: Summary, saved: record.Json) -> str:
     )
     lines += [f"- device: {'; '.join(devices)}", f"- commit: {saved['commit'] or 'not in a checkout'}"]
     lines += [f"- lowprec {saved['lowprec']}", f"- settings: {settings}", ""]
-    lines += ["Files: `results.csv` (a line for each draw and seed), `results.json` (every number), `config.json`."]
+    lines += ["Files: `results.csv` (a line for each draw and seed), `results.json` (what follows), `config.json`."]
     return "\n".join(lines) + "\n"
 
 

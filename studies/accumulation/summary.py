@@ -164,7 +164,8 @@ def findings(summary: Summary) -> list[str]:
             if summary.of_bound <= 1
             else f"A sum exceeds its bound: {summary.of_bound:.3f} of it."
         )
-    return [*lines, *(_loss(summary, cell) for cell in summary.cells if cell["accumulator"] != FULL)]
+    lines += [_loss(summary, cell) for cell in summary.cells if cell["accumulator"] != FULL]
+    return [*lines, *(line for bits in summary.config.training_bits if (line := _order(summary, bits)))]
 
 
 def _growth(curve: Curve) -> str:
@@ -185,7 +186,19 @@ def _loss(summary: Summary, cell: Json) -> str:
     lost = summary.lost(cell)
     verdict = "it is lost" if lost.low > 0 else "better than fp32" if lost.high < 0 else "no difference is shown"
     shape, _, bits = cell["accumulator"].rpartition("-")
-    return f"In training, {shape} sums of {bits} mantissa bits: {text(lost, '+.4f')} bits per character; {verdict}."
+    return f"In training, {shape} sums, m = {bits}: {text(lost, '+.4f')} bits per character; {verdict}."
+
+
+def _order(summary: Summary, bits: int) -> str:
+    """What the order alone is worth."""
+    cells = {cell["accumulator"]: cell for cell in summary.cells}
+    pair = [cells.get(f"{shape}-{bits}") for shape in ("sequential", "pairwise")]
+    if None in pair:
+        return ""
+    running, tree = (cell["test"] for cell in pair if cell)
+    gained = mean([a - b for a, b in zip(running, tree, strict=True)])
+    verdict = "pairwise is better" if gained.low > 0 else "worse" if gained.high < 0 else "no difference is shown"
+    return f"In training, m = {bits}, sequential less pairwise: {text(gained, '+.4f')} bits per character; {verdict}."
 
 
 def text(interval: Interval | None, form: str) -> str:
@@ -201,7 +214,7 @@ def text(interval: Interval | None, form: str) -> str:
 
 
 def as_json(summary: Summary) -> Json:
-    """Every number, for results.json. An unbounded limit is null."""
+    """What follows from the rows, for results.json; these are in results.csv. An unbounded limit is null."""
     curves = [
         {
             "terms": curve.terms,
@@ -214,7 +227,7 @@ def as_json(summary: Summary) -> Json:
         for curve in summary.curves
     ]
     lost = {cell["accumulator"]: _plain(summary.lost(cell)) for cell in summary.cells}
-    return {"findings": findings(summary), "curves": curves, "sums": summary.sums, "cells": summary.cells, "lost": lost}
+    return {"findings": findings(summary), "curves": curves, "cells": summary.cells, "lost": lost}
 
 
 def _plain(interval: Interval | None) -> Json | None:
