@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -64,9 +64,21 @@ def _matmul(kind: str, accumulator: str, goal: Goal, arithmetic: str | None, has
     return Case(f"{accumulator}, {kind}", goal, make, arithmetic, has_twin=has_twin)
 
 
+def _from_codes(accumulator: str) -> Case:
+    """Codes of 1-4-3 and 1-5-2 in, codes of 1-4-3 out, in one kernel."""
+    how: dict[str, Any] = {"a_format": "1-4-3", "b_format": "1-5-2", "out_format": "1-4-3", "codes": True}
+
+    def make(operands: Operands) -> Call:
+        a, b = operands.pair("codes")
+        return lambda i: lp.fused.matmul(a, b, accumulator, **how)
+
+    return Case(f"{accumulator}, codes to codes", "tensor core", make, has_twin=False)
+
+
 def _rounded() -> Iterator[Case]:
     """One running sum, rounded once at every term."""
     yield _matmul("fp8", "1-6-9", "exact sums", "exact sums")
+    yield _matmul("fp8 in bf16", "1-6-9", "exact sums", "exact sums")
     yield _matmul("tiny", "1-6-9", "exact", "exact")
     yield _matmul("fp32", "1-6-9", "exact", "exact")
     yield _matmul("fp8", "1-5-2", "exact", "exact sums")
@@ -99,6 +111,8 @@ def _tensor_cores() -> Iterator[Case]:
         for k in (64, 128):
             for outer in ("1-6-9", "fp32"):
                 yield _matmul(kind, f"tensor_core{k}:{outer}", "tensor core", None, has_twin=False)
+    for k in (64, 128):
+        yield _from_codes(f"tensor_core{k}:1-6-9")
     yield _matmul("bf16", "hopper_fp16:fp32", "none", None)
     yield _matmul("e4m3fn", "hopper_fp8@128:fp32", "none", None)
 

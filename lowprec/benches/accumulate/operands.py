@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lowprec.cast import quantize
+from lowprec.cast import encode, quantize
 
 if TYPE_CHECKING:
     from lowprec.benches.accumulate.cases import Case
@@ -25,7 +25,8 @@ class Operands:
     """Random matrices, normal with a standard deviation of 1 before rounding; the same for the same size.
 
     Kinds: "fp32", in float32; "fp8", an activation in 1-4-3 and a gradient in 1-5-2, in float32; "tiny", those times
-    powers of two that make sums in 1-6-9 subnormal; "bf16", "fp16", "e4m3fn": in those dtypes.
+    powers of two that make sums in 1-6-9 subnormal; "fp8 in bf16", the same in bfloat16; "codes", the same as codes;
+    "bf16", "fp16", "e4m3fn": in those dtypes.
     """
 
     def __init__(self, device: torch.device, size: Size) -> None:
@@ -52,6 +53,10 @@ class Operands:
 
 
 def _rounded(a: Tensor, b: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    if kind == "codes":
+        return encode(a, "1-4-3"), encode(b, "1-5-2")
+    if kind == "fp8 in bf16":
+        return quantize(a, "1-4-3").bfloat16(), quantize(b, "1-5-2").bfloat16()
     if kind in ("fp8", "tiny"):
         scale = 2.0**-18 if kind == "tiny" else 1.0
         return quantize(a, "1-4-3") * scale, quantize(b, "1-5-2") * scale
