@@ -102,7 +102,9 @@ def _markdown(run: Row) -> list[str]:
 
 def _not_timed(run: Row) -> Iterator[str]:
     yield from (f"{name}: {why}" for name, why in run["failed"].items())
-    yield from (f"{name}: not there ({why})" for name, why in run["missing"].items())
+    for reason in dict.fromkeys(run["missing"].values()):
+        names = [name for name, why in run["missing"].items() if why == reason]
+        yield f"{'; '.join(names)}: not there ({reason})"
 
 
 def heading(run: Row) -> str:
