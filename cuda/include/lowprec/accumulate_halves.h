@@ -11,7 +11,7 @@ namespace lowprec {
 constexpr int kHalfDepth = 2 * kDepth;  // terms of a tile, which has as many bytes as one of float32
 
 /// Lay 16-bit elements out in tiles, as they are.
-__global__ void __launch_bounds__(kTileThreads) pack_halves_kernel(const Lines from, const Packed to) {
+static __global__ void __launch_bounds__(kTileThreads) pack_halves_kernel(const Lines from, const Packed to) {
   __shared__ uint16_t elements[kHalfDepth][kTile + 2];
   const auto* data = static_cast<const uint16_t*>(from.of.data);
   auto* tiles = reinterpret_cast<uint16_t*>(to.tiles);

@@ -156,7 +156,7 @@ struct RareWay {
     uint32_t tie;
 #define LOWPREC_STEP(n, clear, b, s)                                                               \
   "fma.rn.f32 x, %9, " b ", " s "; mov.b32 y, x; mad.lo.u32 y, y, %28, %10; lop3.and.b32 r|" clear \
-  ", y, %11, 0, 0xC0, " clear "; sub.u32 v" n ", y, r;"
+  ", y, %11, 0, 0xC0, " clear "; mad.lo.u32 v" n ", r, %29, y;"
     asm("{ .reg .pred even, odd; .reg .f32 x; .reg .b32 y, r, v<8>; setp.eq.u32 even, 0, 0; setp.eq.u32 odd, 0, 0;"
         LOWPREC_STEP("0", "even", "%12", "%20")
         LOWPREC_STEP("1", "odd", "%13", "%21")
@@ -169,7 +169,7 @@ struct RareWay {
         "mov.b32 %0, v0; mov.b32 %1, v1; mov.b32 %2, v2; mov.b32 %3, v3; mov.b32 %4, v4; mov.b32 %5, v5; mov.b32 %6, v6; mov.b32 %7, v7;"
         "and.pred even, even, odd; vote.sync.all.pred even, even, -1; selp.u32 %8, 0, 1, even; }"
         : "=f"(rounded[0]), "=f"(rounded[1]), "=f"(rounded[2]), "=f"(rounded[3]), "=f"(rounded[4]), "=f"(rounded[5]), "=f"(rounded[6]), "=f"(rounded[7]), "=r"(tie)
-        : "f"(a), "r"(exact.round.half), "r"(exact.round.mask), "f"(b[0]), "f"(b[1]), "f"(b[2]), "f"(b[3]), "f"(b[4]), "f"(b[5]), "f"(b[6]), "f"(b[7]), "f"(s[0]), "f"(s[1]), "f"(s[2]), "f"(s[3]), "f"(s[4]), "f"(s[5]), "f"(s[6]), "f"(s[7]), "r"(exact.round.one));
+        : "f"(a), "r"(exact.round.half), "r"(exact.round.mask), "f"(b[0]), "f"(b[1]), "f"(b[2]), "f"(b[3]), "f"(b[4]), "f"(b[5]), "f"(b[6]), "f"(b[7]), "f"(s[0]), "f"(s[1]), "f"(s[2]), "f"(s[3]), "f"(s[4]), "f"(s[5]), "f"(s[6]), "f"(s[7]), "r"(exact.round.one), "r"(exact.round.minus));
 #undef LOWPREC_STEP
     return tie;
   }

@@ -71,7 +71,7 @@ LOWPREC_DEVICE uint32_t significand(uint32_t bits) {
   return (bits & (leading - 1)) | ((bits & Float32::infinity) != 0 ? leading : 0);
 }
 
-__global__ void __launch_bounds__(kTileThreads) pack_kernel(const Lines from, const Packed to) {
+static __global__ void __launch_bounds__(kTileThreads) pack_kernel(const Lines from, const Packed to) {
   __shared__ uint32_t elements[kDepth][kTile + 1];
   __shared__ TileNotes notes;
   for (int64_t tile = blockIdx.x; tile < to.count(); tile += gridDim.x) {
