@@ -316,7 +316,7 @@ class Matmul(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         # Spelled out: dynamo tells a forward without ctx by the number of its parameters.
-        return _round_to(_product(a, b, fields, seed, offset, carrier), dtype)
+        return round_to(_product(a, b, fields, seed, offset, carrier), dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -382,10 +382,10 @@ def _product(
         count = math.prod(batch)
         a = a.expand(*batch, height, depth).reshape(count, height, depth)
         b = b.expand(*batch, depth, width).reshape(count, depth, width)
-    return _tree(a, b, fields, seed, offset).reshape(*batch, height, width)
+    return tree(a, b, fields, seed, offset).view(*batch, height, width)
 
 
-def _tree(a: Tensor, b: Tensor, fields: list[int], seed: Tensor | None, offset: Tensor | None) -> Tensor:
+def tree(a: Tensor, b: Tensor, fields: list[int], seed: Tensor | None, offset: Tensor | None) -> Tensor:
     """The product of [B, M, K] and [B, K, N], with the leaves that the accumulator names."""
     if _is_hopper(fields):
         leaves = _ops.hopper_leaves(a, b, *fields[:2])
@@ -436,8 +436,14 @@ def _carry(x: Tensor, carrier: torch.dtype) -> Tensor:
     return to_float64(x) if carrier == torch.float64 else x.to(carrier)
 
 
-def _round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A result in another dtype, rounded to nearest even: from float64 once, where torch goes by way of float32."""
+def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A result in another dtype, rounded to nearest even: from float64 once, where torch goes by way of float32.
+
+    What a differentiable function returns must be a tensor of its own: up to 2.11, torch's compiler loses the gradient
+    where `to` or `reshape` hands another one through. `view` does not.
+    """
+    if x.dtype == dtype:
+        return x
     if torch.float64 not in (x.dtype, dtype):
         return x.to(dtype)
     if dtype == torch.float64:
@@ -489,7 +495,7 @@ class Sum(torch.autograd.Function):
         shape = [x.shape[i] for i in kept]
         terms = x.permute([*kept, *dims]).reshape(math.prod(shape), math.prod([x.shape[i] for i in dims]))
         sums: Tensor = _ops.accumulate(terms, fields, seed, offset)
-        return _round_to(sums.reshape(shape), dtype)
+        return round_to(sums.view(shape), dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -499,7 +505,7 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        if dy.dtype == torch.float64 and ctx.dtype.itemsize == 2:  # see `_round_to`; this has a gradient itself
+        if dy.dtype == torch.float64 and ctx.dtype.itemsize == 2:  # see `round_to`; this has a gradient itself
             dy = apply(dy, fields_of(ctx.dtype), Rounding.nearest_even.number, False, None, None, 32)
         dx = _unreduced(dy, ctx.dims).expand(ctx.shape).to(ctx.dtype)
         return (dx, None, None, None, None, None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowprec import _ops, recompute
-from lowprec.accumulate import _tree, accumulator_fields
+from lowprec.accumulate import accumulator_fields, round_to, tree
 from lowprec.accumulator import LEAVES, Accumulator
 from lowprec.bias import Rule
 from lowprec.formats import BlockFormat, float_format
@@ -86,8 +86,7 @@ def product(a: Tensor, b: Tensor, sums: Sums, seed: Tensor | None, offset: Tenso
     if fields[0] > LEAVES.index("exact"):
         dtypes = _operands(sums.forward, sums.left_rule, sums.right_rule, a.dtype).split()
         left, right = (x.to(getattr(torch, name)) for x, name in zip((left, right), dtypes, strict=True))
-    y = _tree(left, right, fields, seed, offset)
-    return y.reshape(*a.shape[:-1], b.shape[-1]).to(a.dtype)
+    return round_to(tree(left, right, fields, seed, offset).view(*a.shape[:-1], b.shape[-1]), a.dtype)
 
 
 class Total(torch.autograd.Function):
@@ -101,7 +100,7 @@ class Total(torch.autograd.Function):
         matrix = x.permute(kept + dims).reshape(rows, length)
         carrier = torch.float64 if x.dtype == torch.float64 else torch.float32
         totals: Tensor = _ops.accumulate(matrix, accumulator_fields(accumulator, carrier), seed, offset)
-        return totals.reshape([1 if d in dims else size for d, size in enumerate(x.shape)])
+        return totals.view([1 if d in dims else size for d, size in enumerate(x.shape)])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
