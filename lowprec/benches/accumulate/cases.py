@@ -77,13 +77,13 @@ def _from_codes(accumulator: str) -> Case:
 
 def _rounded() -> Iterator[Case]:
     """One running sum, rounded once at every term."""
-    yield _matmul("fp8", "1-6-9", "exact sums", "exact sums")
-    yield _matmul("fp8 in bf16", "1-6-9", "exact sums", "exact sums")
-    yield _matmul("tiny", "1-6-9", "exact", "exact")
-    yield _matmul("fp32", "1-6-9", "exact", "exact")
-    yield _matmul("fp8", "1-5-2", "exact", "exact sums")
-    yield _matmul("fp32", "1-5-2", "exact", "exact")
-    yield _matmul("fp32", "1-6-9 toward_zero", "exact", "exact")
+    yield _matmul("fp8", "1-6-9", "exact sums", "narrow")
+    yield _matmul("fp8 in bf16", "1-6-9", "exact sums", "narrow")
+    yield _matmul("tiny", "1-6-9", "exact", "narrow")
+    yield _matmul("fp32", "1-6-9", "exact", "rare ties")
+    yield _matmul("fp8", "1-5-2", "exact", "narrow")
+    yield _matmul("fp32", "1-5-2", "exact", "rare ties")
+    yield _matmul("fp32", "1-6-9 toward_zero", "exact", "truncated")
     yield _matmul("fp8", "1-6-9 stochastic", "stochastic", "stochastic")
     yield _matmul("fp32", "1-6-9 stochastic", "stochastic", "stochastic")
 
@@ -96,9 +96,9 @@ def _native() -> Iterator[Case]:
 
 
 def _trees() -> Iterator[Case]:
-    yield _matmul("fp8", "chunk64:1-6-9/1-6-9", "exact", "exact sums")
-    yield _matmul("fp8", "chunk64:1-6-9/fp32", "exact", "exact sums")
-    yield _matmul("fp32", "chunk64:1-6-9/fp32", "exact", "exact")
+    yield _matmul("fp8", "chunk64:1-6-9/1-6-9", "exact", "narrow")
+    yield _matmul("fp8", "chunk64:1-6-9/fp32", "exact", "narrow")
+    yield _matmul("fp32", "chunk64:1-6-9/fp32", "exact", "rare ties")
     yield _matmul("fp8", "pairwise:1-6-9", "none", None)
     yield _matmul("fp32", "pairwise:1-6-9", "none", None)
     yield _matmul("fp8", "exact:fp32", "none", None)

@@ -9,13 +9,12 @@ from lowprec.benches.timing import clocks
 LANES = 128
 """Lane-instructions that a multiprocessor issues in one cycle: four schedulers, 32 lanes each (sm_80, sm_90)."""
 
-INSTRUCTIONS = {"fp32": 1.0, "native": 0.5, "exact sums": 8.0, "exact": 10.0, "stochastic": 26.0}
-"""Issue slots that a term needs, by its arithmetic; an integer instruction takes two, since they run at half rate.
+INSTRUCTIONS = {"fp32": 1.0, "native": 1.0, "truncated": 2.2, "rare ties": 4.6, "narrow": 5.1, "stochastic": 18.5}
+"""Issue slots that a term needs, by the way that CUDA takes, shared loads included.
 
-fp32: one fused multiply-add. native: half a packed one, in fp16 or bf16. exact sums, whose sums float32 holds: a
-multiply-add, then rounding by a magic number, that is its exponent (2), the clamp for subnormals (2), two additions,
-saturation. exact: a second multiply-add that rounds the other way, and the choice between the two. stochastic: a
-quarter of ten Philox rounds besides. Source: docs/bench.md.
+fp32: one fused multiply-add. native: half a packed one in fp16 or bf16, which takes two cycles. The others are a
+multiply-add and its rounding, counted in machine code (docs/kernels/accumulate.md): truncated, rare ties (any operands)
+and narrow (operands of few digits). stochastic: a quarter of ten Philox rounds besides.
 """
 
 
