@@ -36,7 +36,10 @@ ACCUMULATORS = (
     *(f"1-5-4:subnormals=off {mode}" for mode in Rounding),
     *("1-8-20:specials=ieee stochastic", "bf16 stochastic", "1-4-3:specials=fnuz stochastic overflow"),
     *("chunk64:1-6-9/fp32", "chunk10:1-6-9/1-6-9", "chunk7:1-5-2:specials=ieee/bf16", "chunk16:fp16/fp32"),
-    *("chunk48:bf16/fp32", "chunk12:1-6-9 stochastic/1-6-9 stochastic", "16*1-6-9/3*bf16/fp32", "pairwise:1-6-9"),
+    *("chunk48:bf16/fp32", "chunk12:1-6-9 stochastic/1-6-9 stochastic", "16*1-6-9/3*bf16/fp32", "2*1-6-9 up"),
+    *(f"pairwise:{fmt}" for fmt in ("1-6-9", "1-5-2", "1-4-3", "bf16", "bf16 saturate", "fp16", "fp32")),
+    *(f"pairwise:{fmt}" for fmt in ("1-5-2:specials=ieee", "e4m3fn overflow", "1-4-3:specials=fnuz overflow")),
+    *(f"pairwise:{fmt}" for fmt in ("1-8-15:specials=ieee", "1-7-21", "1-2-1", "1-5-4:subnormals=off")),
 )
 
 KINDS = ("random", "narrow", "ties", "subnormal", "sparse", "overflow", "special", "wide", "zeros", "mixed")
@@ -105,7 +108,9 @@ def test_every_way(text: str, kind: str) -> None:
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("text", ["1-6-9", "1-6-9 up", "1-6-9 stochastic", "fp32", "chunk10:bf16/fp32", "fp16"])
+@pytest.mark.parametrize(
+    "text", ["1-6-9", "1-6-9 up", "1-6-9 stochastic", "fp32", "chunk10:bf16/fp32", "fp16", "pairwise:1-6-9"]
+)
 def test_edges_of_tiles(text: str) -> None:
     """Rows and columns around a tile, terms around one and around a group of random words."""
     accumulator = Accumulator.parse(text)
@@ -115,8 +120,23 @@ def test_edges_of_tiles(text: str) -> None:
         check(torch.randn(1, rows, k).to(dtype), torch.randn(1, k, columns).to(dtype), accumulator, f"{rows}, {k}")
 
 
+@pytest.mark.parametrize("text", ["pairwise:1-6-9", "pairwise:e4m3fn overflow", "pairwise:fp32"])
+def test_pairs_of_any_number_of_terms(text: str) -> None:
+    """Short groups at every stage, within a tile and above, and terms that are all -0."""
+    accumulator = Accumulator.parse(text)
+    for i, k in enumerate((*range(1, 70), 127, 129, 255, 300, 4096, 4097)):
+        kind = KINDS[i % len(KINDS)]
+        check(
+            numbers(kind, (5, k), accumulator, True)[None],
+            numbers(kind, (k, 3), accumulator, False)[None],
+            accumulator,
+            f"{kind}, {k}",
+        )
+        check(torch.full((1, 1, k), -0.0), torch.ones(1, k, 1), accumulator, f"-0, {k}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("text", ["1-6-9", "1-6-9 stochastic", "fp16", "bf16"])
+@pytest.mark.parametrize("text", ["1-6-9", "1-6-9 stochastic", "fp16", "bf16", "pairwise:1-6-9"])
 def test_strides_and_batches(text: str, dtype: torch.dtype) -> None:
     """Transposed, sliced from odd places, reversed in order of dimensions, and shared by all batches."""
     accumulator = Accumulator.parse(text)

@@ -4,12 +4,13 @@
 #include <cstdint>
 
 #include "lowprec/accumulate_halves.h"
+#include "lowprec/accumulate_pairs.h"
 #include "lowprec/accumulate_tiles.h"
 
 namespace lowprec {
 
 /// Which of the kernels adds the terms.
-enum class Kernel { none, single, nearest, directed, random, float16, bfloat16 };
+enum class Kernel { none, single, nearest, directed, random, float16, bfloat16, pairs };
 
 /// Whether a level rounds as the device's own arithmetic of an IEEE 754 format does.
 inline bool is_ieee(const LevelSpec& level, int ebits, int mbits) {
@@ -33,14 +34,15 @@ class TilePlan {
               : to_.random                                                ? Kernel::random
               : to_.nearest_even                                          ? Kernel::nearest
                                                                           : Kernel::directed;
-    if (spec.leaf != Leaf::terms || spec.has_product || plan_.tree.stages > 1 + kUpper || of.terms == 0 || !of.b.data ||
+    if (is_pairwise(spec)) kernel_ = Kernel::pairs;
+    const bool many_stages = kernel_ != Kernel::pairs && plan_.tree.stages > 1 + kUpper;
+    if (spec.leaf != Leaf::terms || spec.has_product || many_stages || of.terms == 0 || !of.b.data ||
         of.a.element == Element::float64) {
       kernel_ = Kernel::none;
     }
     if (kernel_ == Kernel::none) return;
-    if (kernel_ == Kernel::single || halves()) to_ = as_they_are();
-    for (int i = 1; i < plan_.tree.stages; ++i) tower_.level[i - 1] = upper(spec.level[plan_.tree.stage[i].level]);
-    tower_.single = plan_.tree.stages == 2 && tower_.level[0].single;
+    if (is_single(first) || halves()) to_ = as_they_are();
+    if (kernel_ != Kernel::pairs) set_tower(spec);
     set_product();
     if (blocks() > kMostBlocks) kernel_ = Kernel::none;
   }
@@ -53,9 +55,10 @@ class TilePlan {
   void launch(void* memory, float* out, cudaStream_t stream) {
     place(product_.a, memory);
     place(product_.b, static_cast<char*>(memory) + bytes(product_.a));
-    pack(of_.a, of_.a.stride[1], of_.a.stride[2], of_.rows, product_.scale_a, product_.unscale_a, product_.a, stream);
-    pack(of_.b, of_.b.stride[2], of_.b.stride[1], of_.columns, product_.scale_b, product_.unscale_b, product_.b,
+    pack(of_.a, of_.a.stride[1], of_.a.stride[2], of_.rows, product_.scale_a, product_.unscale_a, 0, product_.a,
          stream);
+    pack(of_.b, of_.b.stride[2], of_.b.stride[1], of_.columns, product_.scale_b, product_.unscale_b, Float32::sign,
+         product_.b, stream);
     const WayRules rules = to_.usable ? WayRules(to_) : WayRules{};
     switch (kernel_) {
       case Kernel::single:
@@ -70,6 +73,8 @@ class TilePlan {
         return run_halves<false>(out, stream);
       case Kernel::bfloat16:
         return run_halves<true>(out, stream);
+      case Kernel::pairs:
+        return run(PairWays{to_, rules, !to_.usable}, out, stream);
       default:
         return;
     }
@@ -84,6 +89,18 @@ class TilePlan {
     to.sign = 1;
     to.minus_zero = true;
     return to;
+  }
+
+  /// Whether sums of two are all that there is, rounded to nearest even.
+  bool is_pairwise(const AccumulatorSpec& spec) const {
+    const bool nearest = is_single(spec.level[0]) || (to_.usable && to_.nearest_even);
+    return spec.levels == 1 && spec.level[0].fan_in == 2 && nearest &&
+           tiles_of<kDepth>(of_.terms) < int64_t{1} << kPairLevels;
+  }
+
+  void set_tower(const AccumulatorSpec& spec) {
+    for (int i = 1; i < plan_.tree.stages; ++i) tower_.level[i - 1] = upper(spec.level[plan_.tree.stage[i].level]);
+    tower_.single = plan_.tree.stages == 2 && tower_.level[0].single;
   }
 
   Upper upper(const LevelSpec& level) const {
@@ -123,15 +140,17 @@ class TilePlan {
   }
 
   void pack(const Operand& operand, int64_t line_stride, int64_t term_stride, int64_t lines, float scale, float inverse,
-            const Packed& to, cudaStream_t stream) const {
-    const Lines from{operand, operand.stride[0], line_stride, term_stride, lines, of_.terms, scale, inverse};
+            uint32_t past, const Packed& to, cudaStream_t stream) const {
+    const Lines from{operand, operand.stride[0], line_stride, term_stride, lines, of_.terms, scale, inverse, past};
     const int64_t blocks = to.count() < kMostBlocks ? to.count() : kMostBlocks;
     const auto kernel = halves() ? pack_halves_kernel : pack_kernel;
     kernel<<<static_cast<unsigned>(blocks), kTileThreads, 0, stream>>>(from, to);
   }
 
   int64_t blocks() const {
-    const int side = kernel_ == Kernel::random ? Share<RandomWays::side>::tile : kTile;
+    static_assert(RandomWays::side == PairWays::side);
+    const bool small = kernel_ == Kernel::random || kernel_ == Kernel::pairs;
+    const int side = small ? Share<RandomWays::side>::tile : kTile;
     return of_.batches * ((of_.rows + side - 1) / side) * ((of_.columns + side - 1) / side);
   }
 

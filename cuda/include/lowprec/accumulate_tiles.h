@@ -47,12 +47,13 @@ struct Lines {
   int64_t lines, terms;
   float scale;    // by which elements are multiplied
   float inverse;  // and by which they are brought back
+  uint32_t past;  // bits of what is beyond the edges: together a's and b's make -0, which changes no sum
 
   /// Whether neighbouring terms lie closer than neighbouring lines.
   LOWPREC_DEVICE bool by_terms() const { return term_stride == 1 || (line_stride != 1 && term_stride < line_stride); }
 
   LOWPREC_DEVICE uint32_t read(int64_t batch, int64_t line, int64_t term) const {
-    if (line >= lines || term >= terms) return 0;
+    if (line >= lines || term >= terms) return past;
     return of.read<Float32>(batch * batch_stride + line * line_stride + term * term_stride);
   }
 };
