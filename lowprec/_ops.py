@@ -119,11 +119,11 @@ def batch_block(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, .
     fields, dim = args[1:3]
     fmt = block_format_of(tuple(fields))
     if fmt.tensor_scale or not isinstance(dims[0], int) or any(isinstance(each, int) for each in dims[1:]):
-        return _each(op, info, dims, args)
+        return sample_by_sample(op, info, dims, args)
     x = args[0].movedim(dims[0], 0)
     flat = eager_block.over_batch(info.batch_size, x.shape[1:], fmt, dim)
     if x.numel() == 0:
-        return _each(op, info, dims, args)
+        return sample_by_sample(op, info, dims, args)
     result = op(x.reshape(flat.shape), flat.format.fields, flat.dim, *args[3:])
     if isinstance(result, Tensor):
         return result.reshape(x.shape), 0
@@ -147,7 +147,7 @@ def batch_rows(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ..
 def batch_sums(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
     """Batching rule of `accumulate`: the rows of all samples in one call, whose index is the one that counts."""
     if any(isinstance(dim, int) for dim in dims[1:]):
-        return _each(op, info, dims, args)
+        return sample_by_sample(op, info, dims, args)
     x = args[0].movedim(dims[0], 0)
     return op(x.flatten(0, 1), *args[1:]).unflatten(0, x.shape[:2]), 0
 
@@ -155,7 +155,7 @@ def batch_sums(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ..
 def batch_matmul(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
     """Batching rule of `matmul`: likewise for the products of all samples."""
     if any(isinstance(dim, int) for dim in dims[2:]):
-        return _each(op, info, dims, args)
+        return sample_by_sample(op, info, dims, args)
     a, b = (
         x.movedim(dim, 0) if isinstance(dim, int) else x.expand(info.batch_size, *x.shape)
         for x, dim in zip(args[:2], dims[:2], strict=True)
@@ -163,7 +163,7 @@ def batch_matmul(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, 
     return op(a.flatten(0, 1), b.flatten(0, 1), *args[2:]).unflatten(0, a.shape[:2]), 0
 
 
-def _each(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+def sample_by_sample(op: Kernel, info: Any, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
     """Batching rule of any op: a call for each sample."""
     results = [
         op(*(arg.select(dim, n) if isinstance(dim, int) else arg for arg, dim in zip(args, dims, strict=True)))
@@ -408,7 +408,7 @@ _define(
     " -> Tensor",
     _decode_block,
     _fake_decode_block,
-    rule=_each,
+    rule=sample_by_sample,
 )
 _define(
     f"cast_transpose({_CAST}, Tensor(a!)? rows, Tensor(b!)? columns) -> ()",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowprec import _ops
 from lowprec.accumulator import HOPPER, LEAVES, Accumulator
-from lowprec.cast import QuickApply, _draw, _hardest, _holds, _names, apply, fields_of, require_float
+from lowprec.cast import QuickApply, apply, draw, fields_of, hardest_values, holds, names_of, require_float
 from lowprec.eager import CONTAINERS
 from lowprec.eager_fused import to_float64
 from lowprec.eager_hopper import DTYPES, FLOAT8
@@ -69,7 +69,7 @@ def sum(
     fields = accumulator_fields(accumulator, carrier)
     if fields[0] > LEAVES.index("exact"):
         raise ValueError(f"accumulator: a tensor core adds products, and sum() has none to add; got {accumulator}")
-    draws = _draw(x, "stochastic" if _is_stochastic(fields) else "nearest_even", seed, offset, generator)
+    draws = draw(x, "stochastic" if _is_stochastic(fields) else "nearest_even", seed, offset, generator)
     sums: Tensor = _function(Sum, DualSum).apply(x, dims, fields, *draws, _result(dtype, carrier))
     return _unreduced(sums, dims) if keepdim else sums
 
@@ -152,7 +152,7 @@ def matmul(
         _require_operands(right, a=a.dtype, gradient=result)
     given = seed is not None or generator is not None
     draws = _is_stochastic(fields) or (given and (_is_stochastic(left) or _is_stochastic(right)))
-    words = _draw(a, "stochastic" if draws else "nearest_even", seed, offset, generator)
+    words = draw(a, "stochastic" if draws else "nearest_even", seed, offset, generator)
     n = max(a.dim(), b.dim(), 2)
     args = (fields, left, right, *words, given, carrier, result)
     product: Tensor = _function(Matmul, DualMatmul).apply(_matrices(a, n, 0), _matrices(b, n, -1), *args)
@@ -195,7 +195,7 @@ def _require_operands(fields: list[int], **dtypes: torch.dtype) -> None:
         allowed = DTYPES
     for name, dtype in dtypes.items():
         if dtype not in allowed:
-            raise TypeError(f"{name} must be one of {_names(allowed)} for {leaf}, got {dtype}")
+            raise TypeError(f"{name} must be one of {names_of(allowed)} for {leaf}, got {dtype}")
 
 
 def _require_tensor_core(dtypes: dict[str, torch.dtype]) -> None:
@@ -205,7 +205,7 @@ def _require_tensor_core(dtypes: dict[str, torch.dtype]) -> None:
         given = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         raise ValueError(
             "tensor_core multiplies operands that are both bfloat16, both float16, or each one of "
-            f"{_names(FLOAT8)}: cast them first, got {given}"
+            f"{names_of(FLOAT8)}: cast them first, got {given}"
         )
 
 
@@ -228,7 +228,7 @@ def _dimensions(x: Tensor, dim: int | Sequence[int] | None) -> list[int]:
 def _result(dtype: torch.dtype | None, carrier: torch.dtype) -> torch.dtype:
     """The dtype of a result."""
     if dtype is not None and dtype not in CONTAINERS:
-        raise TypeError(f"dtype must be one of {_names(CONTAINERS)}, got {dtype}")
+        raise TypeError(f"dtype must be one of {names_of(CONTAINERS)}, got {dtype}")
     return carrier if dtype is None else dtype
 
 
@@ -278,8 +278,8 @@ def _cached_fields(text: str, carrier: torch.dtype) -> str:
 
 
 def _require_carried(what: str, fmt: FloatFormat, carrier: torch.dtype, text: str) -> None:
-    for value in _hardest(fmt):
-        if not _holds(carrier, value):
+    for value in hardest_values(fmt):
+        if not holds(carrier, value):
             raise ValueError(
                 f"accumulator {text!r}: {what} is {fmt}, of which {carrier} cannot hold {value!r}; sums are carried in "
                 "float32, or in float64 if an operand is float64"
@@ -342,7 +342,7 @@ class Matmul(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         if any(isinstance(dim, int) for dim in in_dims[2:]):
-            return _ops._each(DualMatmul.apply, info, in_dims, args)
+            return _ops.sample_by_sample(DualMatmul.apply, info, in_dims, args)
         a, b = (
             x.movedim(dim, 0) if isinstance(dim, int) else x.unsqueeze(0)
             for x, dim in zip(args[:2], in_dims[:2], strict=True)
@@ -474,7 +474,7 @@ def _gradient(ctx: Any, x: Tensor, a: Tensor, b: Tensor, fields: list[int], word
     elif ctx.given:
         offset = torch.tensor(further, device="cpu") if offset is None else offset + further
     else:
-        seed, offset = _draw(a, "stochastic", None, 0, None)
+        seed, offset = draw(a, "stochastic", None, 0, None)
     carrier = _carrier(ctx.carrier, a.dtype, b.dtype)
     args = (fields, fields, fields, seed, offset, ctx.given, carrier, x.dtype)
     gradient: Tensor = _function(Matmul, DualMatmul).apply(a, b, *args)
@@ -513,7 +513,7 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         if any(isinstance(dim, int) for dim in in_dims[1:]):
-            return _ops._each(DualSum.apply, info, in_dims, args)
+            return _ops.sample_by_sample(DualSum.apply, info, in_dims, args)
         x, dims, *rest = args
         x = x.movedim(in_dims[0], 0)
         return DualSum.apply(x, [dim + 1 for dim in dims], *rest), 0

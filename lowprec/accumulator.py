@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lowprec.formats import FloatFormat, _require_int, float_format
+from lowprec.formats import FloatFormat, float_format, require_int
 from lowprec.rounding import Rounding
 
 LEAVES = ("terms", "exact", "tensor_core", "hopper_fp8", "hopper_fp16")
@@ -85,7 +85,7 @@ class Level:
         saturate: bool | None = None,
     ) -> None:
         if fan_in is not None:
-            _require_int("fan_in", fan_in)
+            require_int("fan_in", fan_in)
             if fan_in < 1:
                 raise ValueError(f"fan_in must be at least 1, or None for all that is left, got {fan_in}")
         if saturate is not None and not isinstance(saturate, bool):
@@ -180,7 +180,7 @@ class Accumulator:
     def _check_leaf(self) -> None:
         if self.leaf not in LEAVES:
             raise ValueError(f"leaf must be one of {', '.join(LEAVES)}, got {self.leaf!r}")
-        _require_int("terms", self.terms)
+        require_int("terms", self.terms)
         if self.terms < 0 or (self.terms and self.leaf not in _STEPS):
             raise ValueError(f"terms must be 0 for the leaf {self.leaf!r}, or at least 0, got {self.terms}")
         if self.leaf == "exact" and (len(self.levels) > 1 or self.levels[0].fan_in is not None):
@@ -215,7 +215,7 @@ class Accumulator:
     @staticmethod
     def tensor_core(k: int, outer: FloatFormat | str | object = "fp32") -> Accumulator:
         """Chunks of k terms by the device's own tensor cores, a multiple of 16, and a running sum of those."""
-        _require_int("k", k)
+        require_int("k", k)
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         return Accumulator([Level(None, outer)], leaf="tensor_core", terms=k)
@@ -322,7 +322,7 @@ class Accumulator:
 
     def _path(self, K: int) -> Iterator[tuple[int, float]]:
         """The roundings on the longest path: how many, and the unit roundoff of each."""
-        _require_int("K", K)
+        require_int("K", K)
         if K < 0:
             raise ValueError(f"K must be at least 0, got {K}")
         if K and self.product:

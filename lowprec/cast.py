@@ -90,8 +90,8 @@ def call_of(
     require_float("x", x)
     blocks = block.is_block(fmt)
     call = block.call_of(str(fmt), x, dim) if blocks else (fields_of(fmt, x.dtype),)
-    draws = _draw(x, rounding, seed, offset, generator)
-    return blocks, (*call, *_mode(rounding, saturate, random_bits), *draws, random_bits)
+    draws = draw(x, rounding, seed, offset, generator)
+    return blocks, (*call, *mode_of(rounding, saturate, random_bits), *draws, random_bits)
 
 
 def apply(x: Tensor, *args: Any, shift: Tensor | None = None) -> Tensor:
@@ -135,7 +135,7 @@ def encode(
     if out is not None and (pack or blocks):
         raise ValueError("out= takes the plain codes of a float format: not packed ones, and not those of blocks")
     call = block.code_call_of(str(fmt), x, dim) if blocks else (fields_of(fmt),)
-    args = (*call, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
+    args = (*call, *mode_of(rounding, saturate, random_bits), *draw(x, rounding, seed, offset, generator), random_bits)
     if blocks:
         return block.encode(x.detach(), str(fmt), args, pack)
     fields = call[0]
@@ -172,7 +172,7 @@ def decode(
         ValueError: for an unknown format, a dtype that cannot hold it, an unfit `out`, or no format at all.
     """
     if dtype not in CONTAINERS:
-        raise TypeError(f"dtype must be one of {_names(CONTAINERS)}, got {dtype}")
+        raise TypeError(f"dtype must be one of {names_of(CONTAINERS)}, got {dtype}")
     if isinstance(codes, Packed):
         return _decode_packed(codes, fmt, dtype, size, out)
     codes, fmt = _codes_and_format(codes, fmt)
@@ -272,24 +272,25 @@ def _describe(spec: str | torch.dtype, dtype: torch.dtype | None) -> str:
 @lru_cache(maxsize=4096)
 def _cached_fields(fmt: FloatFormat, dtype: torch.dtype | None) -> str:
     if dtype is not None:
-        _require_holds(fmt, dtype)
+        require_holds(fmt, dtype)
     return " ".join(map(str, fmt.fields))
 
 
-def _require_holds(fmt: FloatFormat, dtype: torch.dtype) -> None:
-    for value in _hardest(fmt):
-        if not _holds(dtype, value):
+def require_holds(fmt: FloatFormat, dtype: torch.dtype) -> None:
+    """Refuse a dtype that cannot hold every finite value of a format."""
+    for value in hardest_values(fmt):
+        if not holds(dtype, value):
             raise ValueError(f"{dtype} cannot hold {value!r}, a value of {fmt}: use a wider dtype, or encode")
 
 
-def _hardest(fmt: FloatFormat) -> list[float]:
+def hardest_values(fmt: FloatFormat) -> list[float]:
     """Values that need the most range and precision: a dtype that holds these holds every finite value."""
     smallest = 1 if fmt.subnormals else 1 << fmt.mbits
     codes = {smallest, smallest + 1, fmt.max_code, fmt.max_code - 1}
     return [fmt.magnitude(code) for code in sorted(codes) if code <= fmt.max_code]
 
 
-def _holds(dtype: torch.dtype, value: float) -> bool:
+def holds(dtype: torch.dtype, value: float) -> bool:
     """Whether a dtype has a finite nonzero value. Told from its fields: tensors may be fake here, or have no data."""
     precision, bias, _ = CONTAINERS[dtype]
     mantissa, exponent = math.frexp(value)
@@ -302,14 +303,16 @@ def require_float(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in CONTAINERS or x.layout != torch.strided or x.is_nested:
-        raise TypeError(f"{name} must be a dense tensor of {_names(CONTAINERS)}, got {x.dtype} ({x.layout})")
+        raise TypeError(f"{name} must be a dense tensor of {names_of(CONTAINERS)}, got {x.dtype} ({x.layout})")
 
 
-def _names(dtypes: Any) -> str:
+def names_of(dtypes: Any) -> str:
+    """The names of dtypes, as errors list them."""
     return ", ".join(str(dtype) for dtype in dtypes)
 
 
-def _mode(rounding: Rounding | str, saturate: bool, random_bits: int) -> tuple[int, bool]:
+def mode_of(rounding: Rounding | str, saturate: bool, random_bits: int) -> tuple[int, bool]:
+    """The number of a rounding mode and whether it saturates, both checked with the random bits."""
     if random_bits not in RANDOM_BITS:
         raise ValueError(f"random_bits must be 32, 16 or 8, got {random_bits!r}")
     if not isinstance(saturate, bool):
@@ -330,7 +333,7 @@ def _codes_and_format(codes: Tensor, fmt: FormatLike | None) -> tuple[Tensor, Fo
 # Random seeds.
 
 
-def _draw(
+def draw(
     x: Tensor,
     rounding: Rounding | str,
     seed: int | Tensor | None,

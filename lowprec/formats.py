@@ -21,7 +21,8 @@ SPECIALS = ("finite", "ieee", "fn", "fnuz", "p3109")
 _NO_NEGATIVE_ZERO = ("fnuz", "p3109")
 
 
-def _require_int(name: str, value: object) -> None:
+def require_int(name: str, value: object) -> None:
+    """TypeError unless an argument is an int, which a bool is not."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
 
@@ -70,8 +71,8 @@ class FloatFormat:
         specials: str = "finite",
         subnormals: bool = True,
     ) -> None:
-        _require_int("ebits", ebits)
-        _require_int("mbits", mbits)
+        require_int("ebits", ebits)
+        require_int("mbits", mbits)
         if specials not in SPECIALS:
             raise ValueError(f"specials must be one of {', '.join(SPECIALS)}, got {specials!r}")
         if not isinstance(subnormals, bool):
@@ -82,11 +83,11 @@ class FloatFormat:
         for name, value in (("ebits", ebits), ("mbits", mbits), ("specials", specials), ("subnormals", subnormals)):
             object.__setattr__(self, name, value)
         if emax is not None:
-            _require_int("emax", emax)
+            require_int("emax", emax)
             bias = self._exponent(self.max_code, 0) - emax
         elif bias is None:
             bias = _default_bias(ebits, specials)
-        _require_int("bias", bias)
+        require_int("bias", bias)
         object.__setattr__(self, "bias", bias)
         self._check_float64()
         object.__setattr__(self, "_text", self._describe())
@@ -410,7 +411,7 @@ def _block(block: object) -> Block:
         return "tensor"
     sizes = tuple(block) if isinstance(block, (tuple, list)) else (block,)
     for size in sizes:
-        _require_int("block", size)
+        require_int("block", size)
     if len(sizes) > 2 or len(sizes) == 0 or min(sizes) < 1:
         raise ValueError(f"block must be a size, a tile (rows, columns) or 'tensor', sizes at least 1, got {block!r}")
     return sizes if isinstance(block, (tuple, list)) and len(sizes) == 2 else sizes[0]

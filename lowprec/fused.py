@@ -15,11 +15,11 @@ from lowprec import _ops
 from lowprec.cast import (
     FormatLike,
     _codes_and_format,
-    _draw,
-    _mode,
-    _names,
     _require_apart,
+    draw,
     fields_of,
+    mode_of,
+    names_of,
     require_float,
 )
 from lowprec.eager import CONTAINERS, code_dtype
@@ -75,7 +75,7 @@ def transpose(
     if not isinstance(outputs, tuple) or len(outputs) != 2 or any(kind not in _KINDS for kind in outputs):
         raise ValueError(f'outputs must be a pair of "values", "codes" or None, got {outputs!r}')
     fields = fields_of(fmt, x.dtype if "values" in outputs else None)
-    args = (fields, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
+    args = (fields, *mode_of(rounding, saturate, random_bits), *draw(x, rounding, seed, offset, generator), random_bits)
     rows, columns = Transpose.apply(x, *args, *outputs)  # type: ignore[no-untyped-call]
     return rows, columns
 
@@ -175,7 +175,7 @@ def activate(
         raise ValueError(f"dim must be within x's {x.dim()} dimensions, got {dim}")
     factor, summand = _vector(x, "scale", scale, dim), _vector(x, "bias", bias, dim)
     fields = fields_of(fmt, None if codes else x.dtype)
-    args = (fields, *_mode(rounding, saturate, random_bits), *_draw(x, rounding, seed, offset, generator), random_bits)
+    args = (fields, *mode_of(rounding, saturate, random_bits), *draw(x, rounding, seed, offset, generator), random_bits)
     rest = (ACTIVATIONS.index(activation), factor, summand, dim)
     if codes:
         factor, summand = (each if each is None else each.detach() for each in (factor, summand))
@@ -322,7 +322,7 @@ def accumulate_(
     if not torch.compiler.is_compiling():
         _require_apart(x, y)
     limit = bool(fields) and fields[3] != _IEEE if saturate is None else saturate
-    args = (*_mode(rounding, limit, random_bits), *_draw(y, rounding, seed, offset, generator), random_bits)
+    args = (*mode_of(rounding, limit, random_bits), *draw(y, rounding, seed, offset, generator), random_bits)
     _ops.accumulate_(y, x, fields, x_fields, *args)
     return y
 
@@ -345,7 +345,7 @@ def _terms(y: Tensor, x: Tensor, x_format: FormatLike | None) -> tuple[Tensor, l
     x, x_format = _codes_and_format(x, x_format)
     fields = fields_of(x_format)
     if x.dtype != code_dtype(fields):
-        raise TypeError(f"x must be one of {_names(CONTAINERS)}, or {code_dtype(fields)} codes, got {x.dtype}")
+        raise TypeError(f"x must be one of {names_of(CONTAINERS)}, or {code_dtype(fields)} codes, got {x.dtype}")
     return x, fields
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowprec import _ops
 from lowprec import accumulate as sums
 from lowprec.accumulate import AccumulatorLike, accumulator_fields
-from lowprec.cast import FormatLike, _draw, _hardest, _holds, _mode, _names, decode, fields_of
+from lowprec.cast import FormatLike, decode, draw, fields_of, hardest_values, holds, mode_of, names_of
 from lowprec.eager import CONTAINERS
 from lowprec.eager_statistics import FIELDS
 from lowprec.formats import float_format
@@ -78,7 +78,7 @@ def matmul(
         words = _words(a, accumulator, seed, offset, generator)
         return sums.matmul(a, b, accumulator, dtype=dtype, seed=words[0], offset=_further(words[1]))
     to = fields_of(out_format, None if codes else _written(dtype))
-    how = (to, *_mode(rounding, saturate, random_bits))
+    how = (to, *mode_of(rounding, saturate, random_bits))
     words = _words(a, accumulator, seed, offset, generator, rounding)
     if not statistics and _is_fusable(a, b, accumulator):
         return _cast_at_once(a, b, accumulator, words, how, random_bits, codes, _written(dtype))
@@ -118,15 +118,15 @@ def _common_dtype(left: str | torch.dtype | None, right: str | torch.dtype | Non
         raise ValueError(f"a_format and b_format have up to 8 bits, got {', '.join(wide)}")
     choices = (torch.bfloat16, torch.float16, torch.float32) if own is None else (own,)
     for dtype in choices:
-        if dtype in CONTAINERS and all(_holds(dtype, value) for fmt in formats for value in _hardest(fmt)):
+        if dtype in CONTAINERS and all(holds(dtype, value) for fmt in formats for value in hardest_values(fmt)):
             return str(dtype).removeprefix("torch.")
     names = " and ".join(map(str, formats))
-    raise ValueError(f"codes of {names} have values that {_names(choices)} cannot hold")
+    raise ValueError(f"codes of {names} have values that {names_of(choices)} cannot hold")
 
 
 def _written(dtype: torch.dtype | None) -> torch.dtype:
     if dtype is not None and dtype not in _WRITTEN:
-        raise TypeError(f"dtype must be one of {_names(_WRITTEN)}, got {dtype}")
+        raise TypeError(f"dtype must be one of {names_of(_WRITTEN)}, got {dtype}")
     return torch.float32 if dtype is None else dtype
 
 
@@ -148,7 +148,7 @@ def _words(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Seed and offset of the cast; none where neither it nor the accumulator draws."""
     draws = rounding == "stochastic" or sums._is_stochastic(accumulator_fields(accumulator, torch.float32))
-    found, start = _draw(a, "stochastic" if draws else "nearest_even", seed, offset, generator)
+    found, start = draw(a, "stochastic" if draws else "nearest_even", seed, offset, generator)
     if draws and found is None:  # a seed of 0
         found = torch.zeros((), dtype=torch.int64, device="cpu")
     return found, start

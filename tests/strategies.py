@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowprec.accumulator import Accumulator, Level
-from lowprec.cast import _require_holds
+from lowprec.cast import require_holds
 from lowprec.eager import CONTAINERS
 from lowprec.formats import SPECIALS, FloatFormat
 from lowprec.formats import float_format as lookup
@@ -38,7 +38,7 @@ def possible(*args: int, **options: object) -> FloatFormat | None:
 
 def fits(fmt: FloatFormat, dtype: torch.dtype) -> bool:
     try:
-        _require_holds(fmt, dtype)
+        require_holds(fmt, dtype)
     except ValueError:
         return False
     return True

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowprec import _ops, eager, eager_statistics
 from lowprec import format as lookup
-from lowprec.cast import _require_holds
+from lowprec.cast import require_holds
 from lowprec.eager import CONTAINERS, code_dtype
 from lowprec.formats import SPECIALS, FloatFormat
 from lowprec.rounding import Rounding
@@ -70,7 +70,7 @@ def default_float64() -> Iterator[None]:
 
 def holds(fmt: FloatFormat, dtype: torch.dtype) -> bool:
     try:
-        _require_holds(fmt, dtype)
+        require_holds(fmt, dtype)
     except ValueError:
         return False
     return True
