@@ -128,7 +128,7 @@ def _both_layouts(device: torch.device) -> list[Arguments]:
     def target(x: Tensor, dtype: torch.dtype | None) -> Tensor:
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=device)
 
-    results = [(each, how, kind) for each in inputs for how, kind in zip(_modes(device, "e4m3fn"), kinds, strict=True)]
+    results = [(each, how, kind) for each in inputs for how, kind in zip(_modes(device, "e5m2"), kinds, strict=True)]
     pairs = [(each, *how, target(each, kind[0]), target(each.mT, kind[1])) for each, how, kind in results]
     alone = [(x, *how, None, target(x.mT, None)) for how in _modes(device, "e4m3fn")]
     return pairs[:3] + alone + pairs[3:]
@@ -244,13 +244,13 @@ def _tensor_core_products(device: torch.device) -> list[Arguments]:
 
 
 def _tensor_core_casts(device: torch.device) -> list[Arguments]:
-    """Values in each dtype and codes, by every mode."""
+    """Values in each dtype and codes, by every mode; none overflows to NaN, which opcheck holds unequal to itself."""
     fields = Accumulator.parse("tensor_core64:1-6-9").fields
     kinds = [(True, torch.float32), (False, torch.bfloat16), (False, torch.float16)]
     return [
         (*pair, fields, None, None, *how, *kind)
         for pair in _tensor_core_operands(device)
-        for how, kind in zip(_modes(device, "e4m3fn"), kinds, strict=True)
+        for how, kind in zip(_modes(device, "e5m2"), kinds, strict=True)
     ]
 
 
