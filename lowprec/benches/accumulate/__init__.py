@@ -84,7 +84,7 @@ def _size(settings: Settings, device: torch.device) -> Size:
 def _prepare(here: list[Case], operands: Operands) -> tuple[dict[str, Call], dict[str, str], dict[str, str]]:
     """The calls that can be timed, which of the others are wrong, and which are not there."""
     return running.prepare(
-        here, lambda case: _check(case, operands.device), lambda case: case.make(operands.of(case)), ABSENT
+        here, lambda case: _check(case, operands.device), lambda case: case.make(operands.smaller(case.shrink)), ABSENT
     )
 
 

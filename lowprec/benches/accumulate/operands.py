@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowprec.cast import encode, quantize
-
-if TYPE_CHECKING:
-    from lowprec.benches.accumulate.cases import Case
 
 
 class Size(NamedTuple):
@@ -33,12 +30,12 @@ class Operands:
         self.device, self.size = device, size
         self._made: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def of(self, case: Case) -> Operands:
-        """Those of a row: smaller ones for a row that would take too long."""
-        if case.shrink == 1:
+    def smaller(self, by: int) -> Operands:
+        """Those of a row that would take too long: rows and columns divided by so much."""
+        if by == 1:
             return self
         rows, columns, terms = self.size
-        return Operands(self.device, Size(max(rows // case.shrink, 1), max(columns // case.shrink, 1), terms))
+        return Operands(self.device, Size(max(rows // by, 1), max(columns // by, 1), terms))
 
     def pair(self, kind: str) -> tuple[Tensor, Tensor]:
         """[rows, terms] and [terms, columns] of a kind."""
