@@ -31,6 +31,11 @@ class Corpus(NamedTuple):
     valid: Tensor
     test: Tensor
 
+    def require(self, sha256: str) -> None:
+        """ValueError unless the text has this digest; an empty one stands for any."""
+        if sha256 not in ("", self.sha256):
+            raise ValueError(f"data: {self.name} has SHA-256 {self.sha256}, not {sha256}")
+
 
 @lru_cache(maxsize=1)
 def load(path: str = "", split: tuple[int, ...] = (90, 5, 5)) -> Corpus:

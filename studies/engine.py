@@ -20,6 +20,7 @@ from pathlib import Path
 from signal import SIG_BLOCK, SIG_UNBLOCK, SIGINT, pthread_sigmask
 from typing import NamedTuple
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -30,6 +31,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 Stop = Callable[[], bool]
 """Whether to save and return as soon as possible."""
+
+
+def device_of(wanted: str) -> str:
+    """The device that a setting names, "auto" being a GPU where there is one; ValueError for one that is not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu: this machine, or this torch, has no CUDA device")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
 class Part(NamedTuple):

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from lowprec.studies import data, engine
@@ -26,17 +25,14 @@ def prepare(config: Config) -> Config:
     Raises:
         ValueError: for a text that is missing, damaged, too short or not the expected one, or a missing device.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu: this machine, or this torch, has no CUDA device")
+    device = engine.device_of(config.device)
     if unknown := set(config.cells) - {part.name for part in _parts(config, Path())}:
         known = ", ".join(part.name for part in _parts(config, Path()))
         raise ValueError(f"cells must be among {known}, got {', '.join(sorted(unknown))}")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     if "training" not in config.parts:
         return replace(config, device=device)
     corpus = data.load(config.data, config.split)
-    if config.sha256 not in ("", corpus.sha256):
-        raise ValueError(f"data: {corpus.name} has SHA-256 {corpus.sha256}, not {config.sha256}")
+    corpus.require(config.sha256)
     training.settings(config)
     if min(len(corpus.valid), len(corpus.test)) <= config.length:
         raise ValueError(f"data: validation and test parts need more than {config.length} bytes each")
