@@ -388,9 +388,7 @@ def _product(
 def tree(a: Tensor, b: Tensor, fields: list[int], seed: Tensor | None, offset: Tensor | None) -> Tensor:
     """The product of [B, M, K] and [B, K, N], with the leaves that the accumulator names."""
     if _is_hopper(fields):
-        leaves = _ops.hopper_leaves(a, b, *fields[:2])
-        sums: Tensor = _ops.accumulate(leaves.flatten(0, 2), [0, 0, *fields[2:]], seed, offset)
-        return sums.reshape(leaves.shape[:3])
+        return _above(_ops.hopper_leaves(a, b, *fields[:2]), fields, seed, offset)
     if LEAVES[fields[0]] == "tensor_core":
         return _tensor_core(a, b, fields, seed, offset)
     product: Tensor = _ops.matmul(a, b, fields, seed, offset)
@@ -411,7 +409,11 @@ def _tensor_core(a: Tensor, b: Tensor, fields: list[int], seed: Tensor | None, o
     if _is_one_level_of_tensor_core(fields):
         product: Tensor = _ops.tensor_core_matmul(a, b, fields, seed, offset)
         return product
-    leaves = _ops.tensor_core_leaves(a, b, fields[1])
+    return _above(_ops.tensor_core_leaves(a, b, fields[1]), fields, seed, offset)
+
+
+def _above(leaves: Tensor, fields: list[int], seed: Tensor | None, offset: Tensor | None) -> Tensor:
+    """What the levels above leaves [B, M, N, count] make of them."""
     sums: Tensor = _ops.accumulate(leaves.flatten(0, 2), [0, 0, *fields[2:]], seed, offset)
     return sums.reshape(leaves.shape[:3])
 
@@ -484,6 +486,14 @@ def _gradient(ctx: Any, x: Tensor, a: Tensor, b: Tensor, fields: list[int], word
 # Sums.
 
 
+def sum_over(x: Tensor, dims: list[int], fields: list[int], seed: Tensor | None, offset: Tensor | None) -> Tensor:
+    """The sums over some dimensions, those of the others in row-major order, in their carrier. Not differentiable."""
+    kept = [i for i in range(x.dim()) if i not in dims]
+    rows, length = (math.prod([x.shape[i] for i in each]) for each in (kept, dims))
+    sums: Tensor = _ops.accumulate(x.permute([*kept, *dims]).reshape(rows, length), fields, seed, offset)
+    return sums
+
+
 class Sum(torch.autograd.Function):
     """The sum over dimensions, whose gradient reaches every term."""
 
@@ -491,11 +501,8 @@ class Sum(torch.autograd.Function):
     def forward(
         x: Tensor, dims: list[int], fields: list[int], seed: Tensor | None, offset: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        kept = [i for i in range(x.dim()) if i not in dims]
-        shape = [x.shape[i] for i in kept]
-        terms = x.permute([*kept, *dims]).reshape(math.prod(shape), math.prod([x.shape[i] for i in dims]))
-        sums: Tensor = _ops.accumulate(terms, fields, seed, offset)
-        return round_to(sums.view(shape), dtype)
+        shape = [size for i, size in enumerate(x.shape) if i not in dims]
+        return round_to(sum_over(x, dims, fields, seed, offset).view(shape), dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

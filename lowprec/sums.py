@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowprec import _ops, recompute
-from lowprec.accumulate import accumulator_fields, round_to, tree
+from lowprec.accumulate import accumulator_fields, round_to, sum_over, tree
 from lowprec.accumulator import LEAVES, Accumulator
 from lowprec.bias import Rule
 from lowprec.formats import BlockFormat, float_format
@@ -94,12 +94,8 @@ class Total(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, dims: list[int], accumulator: str, seed: Tensor | None, offset: Tensor | None) -> Tensor:
-        kept = [d for d in range(x.dim()) if d not in dims]
-        rows = count([x.shape[d] for d in kept])
-        length = count([x.shape[d] for d in dims])
-        matrix = x.permute(kept + dims).reshape(rows, length)
         carrier = torch.float64 if x.dtype == torch.float64 else torch.float32
-        totals: Tensor = _ops.accumulate(matrix, accumulator_fields(accumulator, carrier), seed, offset)
+        totals = sum_over(x, dims, accumulator_fields(accumulator, carrier), seed, offset)
         return totals.view([1 if d in dims else size for d, size in enumerate(x.shape)])
 
     @staticmethod
