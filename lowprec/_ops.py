@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowprec import eager, eager_accumulate, eager_block, eager_fused, eager_hopper, eager_statistics
+from lowprec import (
+    eager,
+    eager_accumulate,
+    eager_block,
+    eager_fused,
+    eager_hopper,
+    eager_sparse,
+    eager_statistics,
+)
 from lowprec.accumulator import HOPPER, LEAVES, Accumulator, Level
 from lowprec.adapt import adapt as _adapt
 from lowprec.formats import RULES, SPECIALS, Block, BlockFormat, FloatFormat
@@ -24,6 +32,8 @@ from lowprec.rounding import Rounding
 
 _CAST = "Tensor x, int[] format, int rounding, bool saturate, Tensor? seed, Tensor? offset, int random_bits"
 _BLOCKS = "Tensor x, int[] format, int dim, int rounding, bool saturate, Tensor? seed, Tensor? offset, int random_bits"
+_SPARSE = "Tensor x, Tensor w, Tensor table, Tensor? gate, int outputs, bool first, bool transpose"
+_UPDATE = "Tensor[] x, Tensor[] dy, Tensor table, Tensor? gate, int blocks, int block, bool first"
 _LIBRARY: Any = torch.library.Library("lowprec", "DEF")  # type: ignore[no-untyped-call]
 _MODES = tuple(Rounding)
 
@@ -250,6 +260,52 @@ def _no_tensor_cores(a: Tensor, *args: Any) -> Tensor:
     )
 
 
+def _operand(x: Tensor, format: list[int]) -> eager_sparse.Operand:
+    return eager_sparse.Operand(x, format_of(tuple(format)) if format else None)
+
+
+def _operands(tensors: list[Tensor], format: list[int]) -> list[eager_sparse.Operand]:
+    return [_operand(x, format) for x in tensors]
+
+
+def _sparse_matmul(x: Tensor, w: Tensor, *args: Any) -> Tensor:
+    *how, x_format, w_format, dtype = args
+    y = eager_sparse.matmul(_operand(x, x_format), _operand(w, w_format), *how)
+    return y.to(dtype)
+
+
+def _sparse_matmul_cast(x: Tensor, w: Tensor, *args: Any) -> Tensor:
+    *how, codes, dtype = args[7:]
+    y = sparse_matmul(x, w, *args[:7], torch.float32)
+    result: Tensor = encode(y, *how) if codes else quantize(y, *how).to(dtype)
+    return result
+
+
+def _sparse_matmul_accumulate(x: Tensor, w: Tensor, *args: Any) -> Tensor:
+    *how, accumulator, seed, offset, x_format, w_format = args
+    how += [accumulator_of(tuple(accumulator)), seed, offset]
+    return eager_sparse.matmul_accumulate(_operand(x, x_format), _operand(w, w_format), *how)
+
+
+def _sparse_weight_grad(x: list[Tensor], dy: list[Tensor], *args: Any) -> Tensor:
+    table, gate, blocks, block, first, x_format, dy_format, dtype = args
+    pairs = _operands(x, x_format), _operands(dy, dy_format)
+    return eager_sparse.weight_grad(*pairs, table, blocks, gate, block, first).to(dtype)
+
+
+def _sparse_weight_grad_out(x: list[Tensor], dy: list[Tensor], *args: Any) -> None:
+    *how, out, beta = args
+    dw = sparse_weight_grad(x, dy, *how, torch.float64 if out.dtype == torch.float64 else torch.float32)
+    out.copy_(dw + out.to(dw.dtype) * beta if beta else dw)
+
+
+def _sparse_weight_grad_accumulate(x: list[Tensor], dy: list[Tensor], *args: Any) -> Tensor:
+    table, gate, blocks, block, first, accumulator, seed, offset, x_format, dy_format = args
+    tree = accumulator_of(tuple(accumulator))
+    pairs = _operands(x, x_format), _operands(dy, dy_format)
+    return eager_sparse.weight_grad_accumulate(*pairs, table, blocks, gate, block, first, tree, seed, offset)
+
+
 def _draw_seed() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu").random_()
 
@@ -350,6 +406,43 @@ def _fake_products_cast(
 ) -> Tensor:
     codes, dtype = args[-2:]
     return a.new_empty((*a.shape[:2], b.shape[2]), dtype=eager.code_dtype(format) if codes else dtype)
+
+
+def _sparse_shape(x: Tensor, w: Tensor, outputs: int, first: bool) -> tuple[int, int]:
+    features = outputs * w.shape[-1]
+    return (features, x.shape[1]) if first else (x.shape[0], features)
+
+
+def _fake_sparse_matmul(
+    x: Tensor, w: Tensor, table: Tensor, gate: Tensor | None, outputs: int, first: bool, *args: Any
+) -> Tensor:
+    return x.new_empty(_sparse_shape(x, w, outputs, first), dtype=args[-1])
+
+
+def _fake_sparse_matmul_cast(
+    x: Tensor, w: Tensor, table: Tensor, gate: Tensor | None, outputs: int, first: bool, *args: Any
+) -> Tensor:
+    format, codes, dtype = args[3], *args[-2:]
+    shape = _sparse_shape(x, w, outputs, first)
+    return x.new_empty(shape, dtype=eager.code_dtype(format) if codes else dtype)
+
+
+def _fake_sparse_matmul_accumulate(
+    x: Tensor, w: Tensor, table: Tensor, gate: Tensor | None, outputs: int, first: bool, *args: Any
+) -> Tensor:
+    return x.new_empty(_sparse_shape(x, w, outputs, first), dtype=_carrier(x))
+
+
+def _fake_sparse_weight_grad(
+    x: list[Tensor], dy: list[Tensor], table: Tensor, gate: Tensor | None, blocks: int, block: int, *args: Any
+) -> Tensor:
+    return table.new_empty((blocks, block, block), dtype=args[-1])
+
+
+def _fake_sparse_weight_grad_accumulate(
+    x: list[Tensor], dy: list[Tensor], table: Tensor, gate: Tensor | None, blocks: int, block: int, *args: Any
+) -> Tensor:
+    return table.new_empty((blocks, block, block), dtype=_carrier(x[0]))
 
 
 def _fake_seed() -> Tensor:
@@ -467,6 +560,45 @@ _define(
     _fake_products_cast,
     batched=False,
 )
+_define(
+    f"sparse_matmul({_SPARSE}, int[] x_format, int[] w_format, ScalarType dtype) -> Tensor",
+    _sparse_matmul,
+    _fake_sparse_matmul,
+    rule=sample_by_sample,
+)
+_define(
+    f"sparse_matmul_cast({_SPARSE}, int[] x_format, int[] w_format, int[] format, int rounding, bool saturate, "
+    "Tensor? seed, Tensor? offset, int random_bits, bool codes, ScalarType dtype) -> Tensor",
+    _sparse_matmul_cast,
+    _fake_sparse_matmul_cast,
+    batched=False,
+)
+_define(
+    f"sparse_matmul_accumulate({_SPARSE}, int[] accumulator, Tensor? seed, Tensor? offset, int[] x_format, "
+    "int[] w_format) -> Tensor",
+    _sparse_matmul_accumulate,
+    _fake_sparse_matmul_accumulate,
+    rule=sample_by_sample,
+)
+_define(
+    f"sparse_weight_grad({_UPDATE}, int[] x_format, int[] dy_format, ScalarType dtype) -> Tensor",
+    _sparse_weight_grad,
+    _fake_sparse_weight_grad,
+    batched=False,
+)
+_define(
+    f"sparse_weight_grad_out({_UPDATE}, int[] x_format, int[] dy_format, Tensor(a!) out, float beta) -> ()",
+    _sparse_weight_grad_out,
+    _fake_none,
+    batched=False,
+)
+_define(
+    f"sparse_weight_grad_accumulate({_UPDATE}, int[] accumulator, Tensor? seed, Tensor? offset, int[] x_format, "
+    "int[] dy_format) -> Tensor",
+    _sparse_weight_grad_accumulate,
+    _fake_sparse_weight_grad_accumulate,
+    batched=False,
+)
 _define(f"encode_packed({_CAST}) -> Tensor", _encode_packed, _fake_encode_packed, rule=batch_encode_packed)
 _define(
     "decode_packed(Tensor codes, int[] format, int size, ScalarType dtype) -> Tensor",
@@ -504,6 +636,12 @@ accumulate_ = torch.ops.lowprec.accumulate_.default
 tensor_core_leaves = torch.ops.lowprec.tensor_core_leaves.default
 tensor_core_matmul = torch.ops.lowprec.tensor_core_matmul.default
 tensor_core_matmul_cast = torch.ops.lowprec.tensor_core_matmul_cast.default
+sparse_matmul = torch.ops.lowprec.sparse_matmul.default
+sparse_matmul_cast = torch.ops.lowprec.sparse_matmul_cast.default
+sparse_matmul_accumulate = torch.ops.lowprec.sparse_matmul_accumulate.default
+sparse_weight_grad = torch.ops.lowprec.sparse_weight_grad.default
+sparse_weight_grad_out = torch.ops.lowprec.sparse_weight_grad_out.default
+sparse_weight_grad_accumulate = torch.ops.lowprec.sparse_weight_grad_accumulate.default
 draw_seed = torch.ops.lowprec.draw_seed.default
 
 # Gradients that torch has as operators alone.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lowprec import _ops
 from lowprec.accumulator import HOPPER, LEAVES, Accumulator
-from lowprec.cast import QuickApply, apply, draw, fields_of, hardest_values, holds, names_of, require_float
-from lowprec.eager import CONTAINERS
+from lowprec.cast import QuickApply, apply, draw, fields_of, names_of, require_float
+from lowprec.eager import CONTAINERS, hardest_values, holds
 from lowprec.eager_fused import to_float64
 from lowprec.eager_hopper import DTYPES, FLOAT8
 from lowprec.formats import FloatFormat
@@ -69,7 +69,7 @@ def sum(
     fields = accumulator_fields(accumulator, carrier)
     if fields[0] > LEAVES.index("exact"):
         raise ValueError(f"accumulator: a tensor core adds products, and sum() has none to add; got {accumulator}")
-    draws = draw(x, "stochastic" if _is_stochastic(fields) else "nearest_even", seed, offset, generator)
+    draws = draw(x, "stochastic" if is_stochastic(fields) else "nearest_even", seed, offset, generator)
     sums: Tensor = _function(Sum, DualSum).apply(x, dims, fields, *draws, _result(dtype, carrier))
     return _unreduced(sums, dims) if keepdim else sums
 
@@ -151,7 +151,7 @@ def matmul(
         _require_operands(left, gradient=result, b=b.dtype)
         _require_operands(right, a=a.dtype, gradient=result)
     given = seed is not None or generator is not None
-    draws = _is_stochastic(fields) or (given and (_is_stochastic(left) or _is_stochastic(right)))
+    draws = is_stochastic(fields) or (given and (is_stochastic(left) or is_stochastic(right)))
     words = draw(a, "stochastic" if draws else "nearest_even", seed, offset, generator)
     n = max(a.dim(), b.dim(), 2)
     args = (fields, left, right, *words, given, carrier, result)
@@ -286,7 +286,7 @@ def _require_carried(what: str, fmt: FloatFormat, carrier: torch.dtype, text: st
             )
 
 
-def _is_stochastic(fields: list[int]) -> bool:
+def is_stochastic(fields: list[int]) -> bool:
     """Whether any level draws random words."""
     return Rounding.stochastic.number in fields[14::8]
 
@@ -471,7 +471,7 @@ def _gather(x: Tensor, kept: list[int], rows: list[int], columns: list[int]) -> 
 def _gradient(ctx: Any, x: Tensor, a: Tensor, b: Tensor, fields: list[int], words: Any, further: int) -> Tensor:
     """The product of a and b that is the gradient of x, in its shape and dtype; its words lie further on."""
     seed, offset = words
-    if not _is_stochastic(fields):
+    if not is_stochastic(fields):
         seed = offset = None
     elif ctx.given:
         offset = torch.tensor(further, device="cpu") if offset is None else offset + further

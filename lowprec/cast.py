@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lowprec import _ops, block
 from lowprec.block import Packed
-from lowprec.eager import CONTAINERS, code_dtype
+from lowprec.eager import CONTAINERS, code_dtype, hardest_values, holds
 from lowprec.formats import BlockFormat, FloatFormat
 from lowprec.formats import float_format as lookup
 from lowprec.packing import row_bytes
@@ -281,21 +280,6 @@ def require_holds(fmt: FloatFormat, dtype: torch.dtype) -> None:
     for value in hardest_values(fmt):
         if not holds(dtype, value):
             raise ValueError(f"{dtype} cannot hold {value!r}, a value of {fmt}: use a wider dtype, or encode")
-
-
-def hardest_values(fmt: FloatFormat) -> list[float]:
-    """Values that need the most range and precision: a dtype that holds these holds every finite value."""
-    smallest = 1 if fmt.subnormals else 1 << fmt.mbits
-    codes = {smallest, smallest + 1, fmt.max_code, fmt.max_code - 1}
-    return [fmt.magnitude(code) for code in sorted(codes) if code <= fmt.max_code]
-
-
-def holds(dtype: torch.dtype, value: float) -> bool:
-    """Whether a dtype has a finite nonzero value. Told from its fields: tensors may be fake here, or have no data."""
-    precision, bias, _ = CONTAINERS[dtype]
-    mantissa, exponent = math.frexp(value)
-    last = max(exponent - precision, 2 - bias - precision)  # the exponent of the last bit that the dtype has there
-    return exponent <= bias + 1 and exponent > last and math.ldexp(mantissa, exponent - last).is_integer()
 
 
 def require_float(name: str, x: object) -> None:

@@ -6,6 +6,7 @@ a result. The kernels in cuda/include/lowprec/cast.h follow the same steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -184,6 +185,29 @@ def shift_range(fmt: FloatFormat, dtype: torch.dtype) -> tuple[int, int]:
     if fmt.mbits + (fmt.ebits > 0) > precision or low > high:
         raise ValueError(f"{dtype} cannot hold every finite value of {fmt}, whatever its bias: use a wider dtype")
     return low, high
+
+
+def hardest_values(fmt: FloatFormat) -> list[float]:
+    """Values that need the most range and precision: a dtype that holds these holds every finite value."""
+    smallest = 1 if fmt.subnormals else 1 << fmt.mbits
+    codes = {smallest, smallest + 1, fmt.max_code, fmt.max_code - 1}
+    return [fmt.magnitude(code) for code in sorted(codes) if code <= fmt.max_code]
+
+
+def holds(dtype: torch.dtype, value: float) -> bool:
+    """Whether a dtype has a finite nonzero value. Told from its fields: tensors may be fake here, or have no data."""
+    precision, bias, _ = CONTAINERS[dtype]
+    mantissa, exponent = math.frexp(value)
+    last = max(exponent - precision, 2 - bias - precision)  # the exponent of the last bit that the dtype has there
+    return exponent <= bias + 1 and exponent > last and math.ldexp(mantissa, exponent - last).is_integer()
+
+
+def container_of(formats: Sequence[FloatFormat], own: torch.dtype | None = None) -> torch.dtype | None:
+    """The dtype for codes of some formats: `own`, that of values beside them, or the first that fits; None if none."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32) if own is None else (own,):
+        if dtype in CONTAINERS and all(holds(dtype, value) for fmt in formats for value in hardest_values(fmt)):
+            return dtype
+    return None
 
 
 def _sign_bit(dtype: torch.dtype) -> int:

@@ -65,8 +65,35 @@ class _Draws(NamedTuple):
             yield from eager.words_at(index, self.seed, self.offset).unbind(-2)
 
 
+class Places(NamedTuple):
+    """Where outputs stand among those of a larger result, which random words go by."""
+
+    outputs: Tensor
+    roundings: int
+
+
+def within(
+    a: Tensor,
+    b: Tensor | None,
+    accumulator: Accumulator,
+    places: Places,
+    seed: Tensor | None,
+    offset: Tensor | None,
+) -> Tensor:
+    """`matmul` of [B, M, K] and [B, K, N], or sums of the rows of a [B, M, K] -> [B, M, 1], as part of a result.
+
+    Each output draws by its row-major index there, and every one has so many `roundings`.
+    """
+    return _outputs(a, None if b is None else b.transpose(1, 2), accumulator, seed, offset, places)
+
+
 def _outputs(
-    a: Tensor, b: Tensor | None, accumulator: Accumulator, seed: Tensor | None, offset: Tensor | None
+    a: Tensor,
+    b: Tensor | None,
+    accumulator: Accumulator,
+    seed: Tensor | None,
+    offset: Tensor | None,
+    places: Places | None = None,
 ) -> Tensor:
     """Products of the rows of a [B, M, K] and of b [B, N, K], or sums of the rows of a, where N is 1."""
     *rows, count = a.shape
@@ -76,13 +103,13 @@ def _outputs(
         return result
     left = _normalise(unpack(a.unsqueeze(2)))
     right = None if b is None else _normalise(unpack(b.unsqueeze(1)))
-    outputs = torch.arange(result.numel(), device=a.device).reshape(result.shape)
-    inputs = 1 if accumulator.leaf == "exact" else count
-    roundings = sum(run.inputs for run in accumulator.runs_of(inputs))
+    if places is None:
+        index = torch.arange(result.numel(), device=a.device).reshape(result.shape)
+        places = Places(index, accumulator.roundings(count))
     for i, j, k in _tiles(result.shape, _width(accumulator, count, carrier)):
         numbers = Unpacked(*(field[i, j] for field in left))
         others = None if right is None else Unpacked(*(field[i, :, k] for field in right))
-        draws = _Draws(outputs[i, j, k], roundings, seed, offset)
+        draws = _Draws(places.outputs[i, j, k], places.roundings, seed, offset)
         result[i, j, k] = _tree(_Terms(numbers, others, accumulator.product, carrier), count, accumulator, draws)
     return result
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from lowprec import _ops
 from lowprec import accumulate as sums
 from lowprec.accumulate import AccumulatorLike, accumulator_fields
-from lowprec.cast import FormatLike, decode, draw, fields_of, hardest_values, holds, mode_of, names_of
-from lowprec.eager import CONTAINERS
+from lowprec.cast import FormatLike, decode, draw, fields_of, mode_of, names_of
+from lowprec.eager import container_of
 from lowprec.eager_statistics import FIELDS
 from lowprec.formats import float_format
 from lowprec.measure import Statistics, conclude
@@ -74,17 +74,17 @@ def matmul(
     """
     a, b = _operands(a.detach(), b.detach(), a_format, b_format)
     if out_format is None:
-        _require_no_cast(codes, statistics)
-        words = _words(a, accumulator, seed, offset, generator)
+        require_no_cast(codes, statistics)
+        words = words_of(a, _draws(accumulator), seed, offset, generator)
         return sums.matmul(a, b, accumulator, dtype=dtype, seed=words[0], offset=_further(words[1]))
-    to = fields_of(out_format, None if codes else _written(dtype))
+    to = fields_of(out_format, None if codes else written_dtype(dtype))
     how = (to, *mode_of(rounding, saturate, random_bits))
-    words = _words(a, accumulator, seed, offset, generator, rounding)
+    words = words_of(a, rounding == "stochastic" or _draws(accumulator), seed, offset, generator)
     if not statistics and _is_fusable(a, b, accumulator):
-        return _cast_at_once(a, b, accumulator, words, how, random_bits, codes, _written(dtype))
+        return _cast_at_once(a, b, accumulator, words, how, random_bits, codes, written_dtype(dtype))
     product = sums.matmul(a, b, accumulator, seed=words[0], offset=_further(words[1]))
     cast = (*how, *(words if rounding == "stochastic" else (None, None)), random_bits)
-    return _cast(product, cast, codes, statistics, _written(dtype))
+    return cast_product(product, cast, codes, statistics, written_dtype(dtype))
 
 
 # Operands.
@@ -116,21 +116,22 @@ def _common_dtype(left: str | torch.dtype | None, right: str | torch.dtype | Non
     wide = [str(fmt) for fmt in formats if fmt.bits > 8]
     if wide:
         raise ValueError(f"a_format and b_format have up to 8 bits, got {', '.join(wide)}")
-    choices = (torch.bfloat16, torch.float16, torch.float32) if own is None else (own,)
-    for dtype in choices:
-        if dtype in CONTAINERS and all(holds(dtype, value) for fmt in formats for value in hardest_values(fmt)):
-            return str(dtype).removeprefix("torch.")
-    names = " and ".join(map(str, formats))
-    raise ValueError(f"codes of {names} have values that {names_of(choices)} cannot hold")
+    dtype = container_of(formats, own)
+    if dtype is None:
+        names = " and ".join(map(str, formats))
+        raise ValueError(f"codes of {names} have values that {own or 'float32'} cannot hold")
+    return str(dtype).removeprefix("torch.")
 
 
-def _written(dtype: torch.dtype | None) -> torch.dtype:
+def written_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of cast values, float32 by default."""
     if dtype is not None and dtype not in _WRITTEN:
         raise TypeError(f"dtype must be one of {names_of(_WRITTEN)}, got {dtype}")
     return torch.float32 if dtype is None else dtype
 
 
-def _require_no_cast(codes: bool, statistics: bool) -> None:
+def require_no_cast(codes: bool, statistics: bool) -> None:
+    """ValueError for what only a cast gives."""
     if codes or statistics:
         raise ValueError("codes and statistics are those of a cast: give an out_format")
 
@@ -138,20 +139,22 @@ def _require_no_cast(codes: bool, statistics: bool) -> None:
 # Random words: one seed for the accumulator and for the cast.
 
 
-def _words(
+def words_of(
     a: Tensor,
-    accumulator: AccumulatorLike,
+    draws: bool,
     seed: int | Tensor | None,
     offset: int | Tensor,
     generator: torch.Generator | None,
-    rounding: Rounding | str = "nearest_even",
 ) -> tuple[Tensor | None, Tensor | None]:
     """Seed and offset of the cast; none where neither it nor the accumulator draws."""
-    draws = rounding == "stochastic" or sums._is_stochastic(accumulator_fields(accumulator, torch.float32))
     found, start = draw(a, "stochastic" if draws else "nearest_even", seed, offset, generator)
     if draws and found is None:  # a seed of 0
         found = torch.zeros((), dtype=torch.int64, device="cpu")
     return found, start
+
+
+def _draws(accumulator: AccumulatorLike) -> bool:
+    return sums.is_stochastic(accumulator_fields(accumulator, torch.float32))
 
 
 def _further(offset: Tensor | None) -> Tensor | int:
@@ -194,7 +197,7 @@ def _cast_at_once(
     return product.reshape(shape)
 
 
-def _cast(product: Tensor, cast: tuple[Any, ...], codes: bool, statistics: bool, dtype: torch.dtype) -> Any:
+def cast_product(product: Tensor, cast: tuple[Any, ...], codes: bool, statistics: bool, dtype: torch.dtype) -> Any:
     """The cast of a product, and what it did to it."""
     if not statistics:
         return _ops.encode(product, *cast) if codes else _ops.quantize(product, *cast).to(dtype)

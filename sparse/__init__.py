@@ -1,5 +1,7 @@
 """Block-sparse layouts, products and layers; recurrent layers."""
 
+from lowprec.sparse.layout import BlockLayout
+from lowprec.sparse.ops import input_grad, matmul, weight_grad
 from lowprec.sparse.recurrent import LSTM, MLSTM
 
-__all__ = ["LSTM", "MLSTM"]
+__all__ = ["LSTM", "MLSTM", "BlockLayout", "input_grad", "matmul", "weight_grad"]
