@@ -1,0 +1,185 @@
+// Codes of up to 8 bits as operands of tensor cores: four in a word become two pairs of bfloat16 or float16.
+//
+// A code's magnitude, shifted so that its exponent field lies in the exponent field of the 16-bit dtype, is that
+// dtype's number for the value times a power of two; one multiplication, exact since the dtype holds the value, takes
+// that away again. Subnormal codes need nothing of their own: they are subnormal there, too. What is not finite is put
+// right after that by integers, as are the numbers that a format without subnormals lacks.
+#pragma once
+
+#include <cstdint>
+
+#include "lowprec/container.h"
+#include "lowprec/format.h"
+#include "lowprec/inline.h"
+
+namespace lowprec {
+
+/// Whether bfloat16, or float16, holds every finite value of a format.
+template <class C>
+LOWPREC_INLINE constexpr bool holds(const Format& format) {
+  const int last = format.emin() - format.mbits;  // digit of the smallest numbers
+  return format.mbits <= C::fraction_bits && format.emax() <= C::bias && last >= 1 - C::bias - C::fraction_bits;
+}
+
+namespace codes {
+
+constexpr uint32_t both = 0x00010001u;  // of a pair
+constexpr uint32_t signs = 0x80008000u;
+
+/// 2^exponent as the bits of a normal or subnormal number of C, in both halves.
+template <class C>
+constexpr uint32_t power_of_two(int exponent) {
+  const int field = exponent + C::bias;
+  return (field > 0 ? static_cast<uint32_t>(field) << C::fraction_bits : 1u << (C::fraction_bits - 1 + field)) * both;
+}
+
+#ifdef __CUDACC__
+
+/// x · y of both halves. Adding -0 changes nothing: bfloat16 has no multiplication of its own before sm_90.
+template <bool kHalf>
+LOWPREC_DEVICE uint32_t multiply(uint32_t x, uint32_t y) {
+  uint32_t result;
+  if constexpr (kHalf) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(signs));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(signs));
+  }
+  return result;
+}
+
+/// Two bfloat16 as float16.
+LOWPREC_DEVICE uint32_t to_half(uint32_t pair) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+      : "=r"(result)
+      : "f"(__uint_as_float(pair & 0xffff0000u)), "f"(__uint_as_float(pair << 16)));
+  return result;
+}
+
+/// Two codes of e4m3fn, each in the upper byte of its half, as float16.
+LOWPREC_DEVICE uint32_t e4m3_to_half(uint32_t pair) {
+  uint32_t result = 0;
+#if __CUDA_ARCH__ >= 890
+  const auto bytes = static_cast<uint16_t>(__byte_perm(pair, 0, 0x4431));
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(result) : "h"(bytes));
+#endif
+  return result;
+}
+
+#endif
+
+}  // namespace codes
+
+/// Reads codes of one format as bfloat16, or as float16: plain data, made on the host, taken by kernels. The dtype must
+/// hold the format.
+template <bool kHalf>
+struct CodeReader {
+  uint32_t down;                // shift of a magnitude that lies below bit 15
+  uint32_t digits;              // mask of the shifted magnitude
+  uint32_t scale;               // powers of two that are left
+  uint32_t rescale;             // a second one, for values beyond the first one's reach, or 0
+  uint32_t special;             // 2^15 less the first magnitude that is not finite
+  uint32_t payload;             // mask of its digits that stay: those by which IEEE 754 tells NaN from infinity
+  uint32_t set;                 // and the bits that come
+  uint32_t normal;              // 2^15 less the first magnitude that is no zero, where subnormals are off
+  uint32_t kept;                // what is left of the others
+  uint8_t up;                   // shift that brings a code's sign to the top of its byte
+  bool has_special = false;     // magnitudes
+  bool zero_is_nan = false;     // the code of -0 is NaN
+  bool flushes = false;         // subnormals are off
+  bool through = false;         // float16 by way of bfloat16
+  bool is_e4m3 = false;         // up to its bias
+  bool is_float16_top = false;  // the upper byte of the float16, for e5m2
+
+  CodeReader() = default;
+
+  explicit CodeReader(const Format& format) {
+    const bool direct = kHalf && reaches_half(format);
+    through = kHalf && !direct;
+    if (direct) {
+      fill<Float16>(format);
+    } else {
+      fill<BFloat16>(format);
+    }
+    const bool fn = format.specials == Specials::fn, ieee = format.specials == Specials::ieee;
+    is_e4m3 = direct && format.ebits == 4 && format.mbits == 3 && fn && format.subnormals;
+    is_float16_top = direct && format.ebits == 5 && format.mbits == 2 && format.bias == 15 && ieee && format.subnormals;
+  }
+
+#ifdef __CUDACC__
+
+  /// Four codes, the first in the lowest byte.
+  LOWPREC_DEVICE uint2 operator()(uint32_t word) const {
+    word <<= up;
+    return {pair(__byte_perm(word, 0, 0x1404)), pair(__byte_perm(word, 0, 0x3424))};
+  }
+
+  LOWPREC_DEVICE uint4 operator()(uint2 words) const {
+    const uint2 low = (*this)(words.x), high = (*this)(words.y);
+    return {low.x, low.y, high.x, high.y};
+  }
+
+  /// Two codes, in the upper bytes of their halves.
+  LOWPREC_DEVICE uint32_t pair(uint32_t codes) const {
+    if constexpr (kHalf) {
+      if (is_float16_top) return codes;
+#if __CUDA_ARCH__ >= 890
+      if (is_e4m3) return codes::multiply<true>(codes::e4m3_to_half(codes), scale);
+#endif
+      if (!through) return shifted<true>(codes);
+      return codes::to_half(shifted<false>(codes));
+    } else {
+      return shifted<false>(codes);
+    }
+  }
+
+ private:
+  template <bool kToHalf>
+  LOWPREC_DEVICE uint32_t shifted(uint32_t codes) const {
+    const uint32_t sign = codes & codes::signs, magnitude = (codes >> down) & digits;
+    uint32_t result = codes::multiply<kToHalf>(sign | magnitude, scale);
+    if (rescale) result = codes::multiply<kToHalf>(result, rescale);
+    if (flushes) result &= everywhere((magnitude + normal) & codes::signs) | kept;
+    if (has_special) {
+      const uint32_t found = everywhere((magnitude + special) & codes::signs);
+      const uint32_t value = sign | (magnitude & payload) | set;
+      result = (result & ~found) | (value & found);
+    }
+    if (zero_is_nan) result |= everywhere(sign & ~(magnitude + ~codes::signs)) & ~codes::signs;
+    return result;
+  }
+
+  /// The top bit of each half, in all its bits.
+  static LOWPREC_DEVICE uint32_t everywhere(uint32_t tops) { return tops | (tops - (tops >> 15)); }
+
+#endif
+
+ private:
+  /// Whether float16's exponent field takes a format's: the numbers in it must not meet float16's own infinity.
+  static bool reaches_half(const Format& format) {
+    return format.ebits <= Float16::exponent_bits && format.max_code() >> format.mbits < 31 && format.bias >= 0 &&
+           format.bias <= Float16::bias + 24;
+  }
+
+  template <class C>
+  void fill(const Format& format) {
+    using codes::both;
+    up = static_cast<uint8_t>(8 - format.bits());
+    down = static_cast<uint32_t>(C::exponent_bits - format.ebits);
+    const auto place = [&](uint32_t code) { return code << (16 - format.bits()) >> down; };
+    digits = place(format.top_code()) * both;
+    const int power = C::bias - format.bias, first = power < C::bias ? power : C::bias;
+    scale = codes::power_of_two<C>(first);
+    rescale = power > first ? codes::power_of_two<C>(power - first) : 0;
+    has_special = format.max_code() < format.top_code();
+    zero_is_nan = !format.has_negative_zero();
+    special = (0x8000u - place(format.max_code() + 1)) * both;
+    payload = format.specials == Specials::ieee ? ((1u << C::fraction_bits) - 1) * both : 0;
+    set = static_cast<uint32_t>(format.has_infinity() ? C::infinity : C::sign - 1) * both;
+    flushes = !format.subnormals;
+    normal = (0x8000u - place(1u << format.mbits)) * both;
+    kept = zero_is_nan ? 0 : codes::signs;
+  }
+};
+
+}  // namespace lowprec
