@@ -1,7 +1,8 @@
 """Block-sparse layouts, products and layers; recurrent layers."""
 
+from lowprec.sparse import patterns
 from lowprec.sparse.layout import BlockLayout
 from lowprec.sparse.ops import input_grad, matmul, weight_grad
 from lowprec.sparse.recurrent import LSTM, MLSTM
 
-__all__ = ["LSTM", "MLSTM", "BlockLayout", "input_grad", "matmul", "weight_grad"]
+__all__ = ["LSTM", "MLSTM", "BlockLayout", "input_grad", "matmul", "patterns", "weight_grad"]
