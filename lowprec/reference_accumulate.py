@@ -79,11 +79,17 @@ def product(a: float, b: float, accumulator: Accumulator) -> Term:
 
 
 def accumulate(
-    terms: Sequence[Term], accumulator: Accumulator, seed: int = 0, offset: int = 0, output: int = 0
+    terms: Sequence[Term],
+    accumulator: Accumulator,
+    seed: int = 0,
+    offset: int = 0,
+    output: int = 0,
+    roundings: int | None = None,
 ) -> float:
     """The sum of terms, of which tensor cores' leaves are the values they gave.
 
-    `output` is the row-major index of the sum among those of one call, by which random words are drawn.
+    `output` is the row-major index of the sum among those of one call, by which random words are drawn; each of those
+    has as many `roundings`, if not those of these terms.
     """
     if not terms:
         return 0.0
@@ -91,7 +97,7 @@ def accumulate(
     if accumulator.leaf == "exact":
         values = [_exact_sum(terms, accumulator.levels[0].rounding)]
     runs = list(accumulator.runs_of(len(values)))
-    first = output * sum(run.inputs for run in runs)
+    first = output * (sum(run.inputs for run in runs) if roundings is None else roundings)
     for run in runs:
 
         def word(n: int, run: Run = run) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowprec.accumulator import Accumulator
 from lowprec.adapt import new_state
+from lowprec.blocksparse import Tables, tables_of
 from lowprec.formats import format as lookup
 from lowprec.rounding import Rounding
 
@@ -254,6 +255,70 @@ def _tensor_core_casts(device: torch.device) -> list[Arguments]:
     ]
 
 
+def _sparse_layer(device: torch.device) -> tuple[Tables, Tensor, Tensor]:
+    """The tables of 3 by 4 blocks, one column and one row of them empty; weights of blocks of 8; gates, one closed."""
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 1]], dtype=torch.bool, device=device)
+    w = torch.linspace(-2, 3, 5 * 64, device=device).reshape(5, 8, 8)
+    return tables_of(mask, 5), w, torch.tensor([1.0, 0.0, 0.3, -2.0, 1.0], device=device)
+
+
+def _sparse_products(device: torch.device) -> list[tuple[Arguments, Arguments]]:
+    """What comes before and after the accumulator: directions, axes, dtypes, strides, codes, gates, no tokens."""
+    tables, w, gate = _sparse_layer(device)
+    forward, backward = (tables.fprop, None, 4), (tables.bprop, None, 3)
+    x, dy = (torch.linspace(-9, 9, 5 * n, device=device).reshape(5, n) for n in (24, 32))
+    codes, bytes_ = (torch.arange(each.numel(), device=device).to(torch.uint8) % 120 for each in (x, w))
+    fields = lookup("1-4-3").fields
+    return [
+        ((x, w, *forward, False, False), ([], [])),
+        ((dy.t(), w, *backward, True, True), ([], [])),
+        ((x.bfloat16()[::2], w.bfloat16(), tables.fprop, gate, 4, False, False), ([], [])),
+        ((codes.view(x.shape), bytes_.view(w.shape), *forward, False, False), (fields, fields)),
+        ((x.half(), bytes_.view(w.shape), *forward, False, False), ([], fields)),
+        ((x[:0], w, *forward, False, False), ([], [])),
+        ((dy.double(), w.double(), *backward, False, True), ([], [])),
+    ]
+
+
+def _sparse_updates(device: torch.device) -> list[tuple[Arguments, Arguments]]:
+    """Likewise for updates: one pair and several of other lengths."""
+    tables, _, gate = _sparse_layer(device)
+    x, dy = (torch.linspace(-9, 9, 5 * n, device=device).reshape(5, n) for n in (24, 32))
+    codes = torch.arange(x.numel(), device=device).to(torch.uint8).view(x.shape) % 120
+    layer, gates = (tables.update, None, 5, 8), (tables.update, gate, 5, 8)
+    return [
+        (([x], [dy], *layer, False), ([], [])),
+        (([x.t(), x[:2].t()], [dy.t(), dy[1:3].t()], *layer, True), ([], [])),
+        (([x.bfloat16()[::2]], [dy.bfloat16()[::2]], *gates, False), ([], [])),
+        (([codes], [dy.half()], *layer, False), (lookup("1-4-3").fields, [])),
+        (([x[:0]], [dy[:0]], *layer, False), ([], [])),
+        (([x.double(), x.double()], [dy.double(), dy.double()], *gates, False), ([], [])),
+    ]
+
+
+def _sparse_dtype(arguments: Arguments) -> torch.dtype:
+    """The dtype of a result that is not declared."""
+    x = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+    return x.dtype if x.is_floating_point() else torch.float32
+
+
+def _sparse_sums(cases: list[tuple[Arguments, Arguments]]) -> list[Arguments]:
+    """Cases of products or of updates, each under an accumulator."""
+    texts = ("fp32", "1-5-2", "chunk4:1-6-9/fp32", "pairwise:1-6-9", "1-4-3 stochastic")
+    trees = [Accumulator.parse(texts[i % len(texts)]) for i in range(len(cases))]
+    return [
+        (*where, tree.fields, torch.tensor(7) if tree.is_stochastic else None, None, *formats)
+        for (where, formats), tree in zip(cases, trees, strict=True)
+    ]
+
+
+def _sparse_casts(device: torch.device) -> list[Arguments]:
+    cases = [case for case in _sparse_products(device) if _sparse_dtype(case[0]) != torch.float64]
+    kinds = [(True, torch.float32), (False, torch.bfloat16), (False, torch.float16)]
+    hows = _modes(device, "1-4-3")
+    return [(*where, *formats, *hows[i % 3], *kinds[i % 3]) for i, (where, formats) in enumerate(cases)]
+
+
 CASES = [
     Case("adapt", _adaptations),
     Case("quantize", _casts()),
@@ -306,5 +371,24 @@ CASES = [
     Case("decode_packed", _dense_codes),
     Case("pack_codes", lambda device: [(codes, 4) for codes in _few_codes(device)]),
     Case("unpack_codes", lambda device: [(codes, 6, 4 * codes.shape[-1] // 3) for codes in _few_codes(device)[:2]]),
+    Case(
+        "sparse_matmul",
+        lambda device: [(*case[0], *case[1], _sparse_dtype(case[0])) for case in _sparse_products(device)],
+    ),
+    Case("sparse_matmul_cast", _sparse_casts),
+    Case("sparse_matmul_accumulate", lambda device: _sparse_sums(_sparse_products(device))),
+    Case(
+        "sparse_weight_grad",
+        lambda device: [(*case[0], *case[1], _sparse_dtype(case[0])) for case in _sparse_updates(device)],
+    ),
+    Case(
+        "sparse_weight_grad_out",
+        lambda device: [
+            (*case[0], *case[1], torch.ones(5, 8, 8, dtype=_sparse_dtype(case[0]), device=device), beta)
+            for case in _sparse_updates(device)
+            for beta in (0.0, 0.5)
+        ],
+    ),
+    Case("sparse_weight_grad_accumulate", lambda device: _sparse_sums(_sparse_updates(device))),
     Case("draw_seed", lambda device: [()], pure=False),
 ]
