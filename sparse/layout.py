@@ -118,7 +118,7 @@ class BlockLayout:
         key = str(torch.device(device))
         tables = self._tables.get(key)
         if tables is None:
-            tables = tables_of(self.mask.to(device), self.blocks)
+            tables = tables_of(self.mask.to(device), self.blocks, self.block)
             if not torch.compiler.is_compiling():
                 self._tables[key] = tables
         return tables
