@@ -180,9 +180,8 @@ def weight_grad(
     Raises:
         TypeError, ValueError: as `matmul`; for no pairs, pairs that do not match, an unfit out, or a beta without one.
     """
-    several = [_update_operands(layout, features, gate, x, x_format, dy, dy_format) for x, dy in _listed(pairs)]
+    several = update_operands(pairs, layout, features, gate, x_format, dy_format)
     xs, dys = [each.left for each in several], [each.right for each in several]
-    _require_alike(xs, dys)
     first = several[0]
     fields, drawn = _summing(first, accumulator, (seed, offset, generator))
     where = (xs, dys, first.tables.update, gate, layout.blocks, layout.block, first.first)
@@ -234,6 +233,20 @@ def _operands(
     _require_dimension(left_name, x)
     flat, rest = blocksparse.flatten(x, first)
     return _Operands(flat, w, (x_fields, w_fields), gate, layout.tables(x.device), first, rest, values)
+
+
+def update_operands(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    layout: BlockLayout,
+    features: str = "last",
+    gate: Tensor | None = None,
+    x_format: FormatLike | None = None,
+    dy_format: FormatLike | None = None,
+) -> list[_Operands]:
+    """The pairs of an update, checked, in two dimensions."""
+    several = [_update_operands(layout, features, gate, x, x_format, dy, dy_format) for x, dy in _listed(pairs)]
+    _require_alike([each.left for each in several], [each.right for each in several])
+    return several
 
 
 def _update_operands(
