@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowprec import _ops, windows
+from lowprec.modes import narrowed
 from lowprec.roles import AS_IT_IS, Role, Roles, is_learnt, round_both
 from lowprec.sums import Sums, product
 from lowprec.windows import Geometry, Multiply
@@ -303,13 +304,6 @@ def _along(x: Tensor, role: Role, dim: int, parts: int) -> Tensor:
         return round_both(x, role._replace(dim=dim), AS_IT_IS)
     apart = x.unflatten(dim, (parts, -1))  # type: ignore[no-untyped-call]
     return round_both(apart, role._replace(dim=dim + 1), AS_IT_IS).flatten(dim, dim + 1)
-
-
-def narrowed(x: Tensor) -> Tensor:
-    """As autocast would hand it to a product."""
-    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _scaled(x: Tensor, alpha: float) -> Tensor:

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from lowprec import _ops
 from lowprec.accumulate import AccumulatorLike, BackwardLike, accumulator_fields, is_stochastic, round_to
 from lowprec.cast import draw
 from lowprec.eager import container_of
 from lowprec.eager_sparse import carrier_of
+from lowprec.modes import announced, narrowed
 
 
 class Tables(NamedTuple):
@@ -178,12 +178,14 @@ def _numbered(first: Tensor, tile: Tensor, size: int) -> tuple[Tensor, Tensor]:
 # Products.
 
 
+@announced
 def matmul(
     x: Tensor,
     w: Tensor,
     gate: Tensor | None,
     tables: Tables,
     *,
+    bias: Tensor | None = None,
     first: bool = False,
     transpose: bool = False,
     accumulator: AccumulatorLike | None = None,
@@ -195,13 +197,14 @@ def matmul(
 ) -> Tensor:
     """The product of x and block-sparse weights, differentiable to any order; its arguments are taken as checked.
 
-    Modes and subclasses that override torch's functions see this one.
+    Modes that override torch's functions see this one, and autocast casts x and w.
 
     Args:
         x: values [..., I·b], or [I·b, ...] if features come `first`; of O·b features if `transpose`.
         w: [blocks, b, b], of x's dtype.
         gate: float32 [blocks], or None.
         tables: of the layer.
+        bias: [features of the result], added to the rounded product in its dtype, or None.
         first: whether features are the first dimension.
         transpose: whether to multiply by the transposed weights, as an input gradient does.
         accumulator: how sums are formed; None for sums in float32, of float64 in float64, as docs/sparse.md says.
@@ -211,23 +214,7 @@ def matmul(
         offset: likewise.
         generator: likewise.
     """
-    if has_torch_function((x, w)):
-        return handle_torch_function(
-            matmul,
-            (x, w),
-            x,
-            w,
-            gate,
-            tables,
-            first=first,
-            transpose=transpose,
-            accumulator=accumulator,
-            backward=backward,
-            dtype=dtype,
-            seed=seed,
-            offset=offset,
-            generator=generator,
-        )
+    x, w = narrowed(x), narrowed(w)
     trees = _trees(x, accumulator, backward)
     given = seed is not None or generator is not None
     draws = is_stochastic(trees[0]) or (given and any(map(is_stochastic, trees[1:])))
@@ -235,7 +222,13 @@ def matmul(
     flat, rest = flatten(x, first)
     how = (*tables, transpose, first, *trees, *words, given, dtype or x.dtype)
     y: Tensor = Product.apply(flat, w, gate, *how)  # type: ignore[no-untyped-call]
-    return unflatten(y, rest, first)
+    y = unflatten(y, rest, first)
+    return y if bias is None else y + beside(bias.to(y.dtype), y, first)
+
+
+def beside(bias: Tensor, y: Tensor, first: bool) -> Tensor:
+    """A number for each feature in a shape in which it is broadcast to a product."""
+    return bias.view(-1, *[1] * (y.dim() - 1)) if first else bias
 
 
 def _trees(
@@ -324,11 +317,11 @@ class Product(torch.autograd.Function):
             drawn = _words(ctx.right, x, words, ctx.given, 2)
             blocks, block, _ = w.shape
             what: tuple[Any, ...] = (*where, blocks, block, ctx.first, ctx.right, *drawn, ctx.given)
-            dw, dgate = _gradients(pair, w, gate, what, ctx.needs_input_grad[2])
+            dw, dgate = gradients(pair, w, gate, what, ctx.needs_input_grad[2])
         return (dx, dw, dgate, *[None] * 13)
 
 
-def _gradients(
+def gradients(
     pair: tuple[Tensor, Tensor], w: Tensor, gate: Tensor | None, how: tuple[Any, ...], of_gate: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of weights and of gates."""

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from lowprec import _ops, attention, products, recurrent, reductions
+from lowprec import _ops, attention, blocksparse, products, recurrent, reductions, sparse_products
 from lowprec.eager import CONTAINERS
 from lowprec.roles import is_learnt
 
 Function = Callable[..., Any]
 
 COVERED: dict[Function, tuple[str, products.Handler]] = products.HANDLERS | attention.HANDLERS | recurrent.HANDLERS
+COVERED[blocksparse.matmul] = ("sparse_matmul", sparse_products.matmul)
 """Torch's function, the name that a report gives it, and its handler."""
 
 KINDS = tuple(dict.fromkeys(name for name, _ in (*COVERED.values(), *reductions.HANDLERS.values())))

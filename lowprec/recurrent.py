@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowprec.blocked import Pair, factor, gradient_roles, matmul, narrowed, pair, uncounted
+from lowprec.blocked import Pair, factor, gradient_roles, matmul, pair, uncounted
+from lowprec.modes import narrowed
 from lowprec.products import Handler
 from lowprec.roles import AS_IT_IS, Role, Roles, round_both
 from lowprec.sums import Sums, product

@@ -84,7 +84,7 @@ def product(a: Tensor, b: Tensor, sums: Sums, seed: Tensor | None, offset: Tenso
     batch = count(a.shape[:-2])
     left, right = a.reshape(batch, *a.shape[-2:]), b.reshape(batch, *b.shape[-2:])
     if fields[0] > LEAVES.index("exact"):
-        dtypes = _operands(sums.forward, sums.left_rule, sums.right_rule, a.dtype).split()
+        dtypes = operand_dtypes(sums.forward, sums.left_rule, sums.right_rule, a.dtype).split()
         left, right = (x.to(getattr(torch, name)) for x, name in zip((left, right), dtypes, strict=True))
     return round_to(tree(left, right, fields, seed, offset).view(*a.shape[:-1], b.shape[-1]), a.dtype)
 
@@ -173,7 +173,7 @@ _DTYPES = {
 
 
 @_ops.constant
-def _operands(accumulator: str, left: str | None, right: str | None, dtype: torch.dtype) -> str:
+def operand_dtypes(accumulator: str, left: str | None, right: str | None, dtype: torch.dtype) -> str:
     """The names of the dtypes of both operands, of their rules and the dtype that they have.
 
     Raises:

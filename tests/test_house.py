@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each layer may import those above it, never one beside or below it; a package may import itself. "" is
 # lowprec/__init__.py. A new module takes its place here.
 LAYERS = (
-    {"formats", "rounding", "straight_through"},
+    {"formats", "modes", "rounding", "straight_through"},
     {"accumulator", "reference", "eager", "packing", "windows"},
     {"eager_accumulate", "eager_fused", "eager_hopper", "eager_statistics"}
     | {"reference_accumulate", "reference_block", "reference_hopper"},
@@ -37,7 +37,7 @@ LAYERS = (
     {"sums"},
     {"roles"},
     {"blocked"},
-    {"contractions", "lookups"},
+    {"contractions", "lookups", "sparse_products"},
     {"products"},
     {"reductions"},
     {"attention", "recurrent"},
