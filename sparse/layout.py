@@ -42,7 +42,7 @@ class BlockLayout:
 
     def __init__(self, mask: Tensor, block: int = 32, *, blocks: int | None = None) -> None:
         _require_mask(mask)
-        if block not in BLOCKS or isinstance(block, bool):
+        if type(block) is not int or block not in BLOCKS:
             raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))}, got {block!r}")
         if blocks is not None and (type(blocks) is not int or not 0 <= blocks <= mask.numel()):
             raise ValueError(f"blocks must be an int from 0 to {mask.numel()}, got {blocks!r}")
