@@ -64,7 +64,24 @@ def tables_of(mask: Tensor, blocks: int, block: int) -> Tables:
 def _direction(lengths: Tensor, inputs: Tensor, weights: Tensor) -> Tensor:
     """The table of one direction from the blocks of each output, and its pairs."""
     start = lengths.new_zeros(1)
-    return torch.cat([start, lengths.cumsum(0), torch.stack([inputs, weights], 1).flatten()]).to(torch.int32)
+    pairs = torch.stack([inputs, weights], 1).flatten()
+    return torch.cat([start, lengths.cumsum(0), pairs, column_order(lengths, len(inputs))]).to(torch.int32)
+
+
+# The plan of products on CUDA.
+
+
+def column_order(lengths: Tensor, blocks: int) -> Tensor:
+    """The order in which a kernel takes up outputs: first those of more than twice the mean's blocks, longest first.
+
+    The others stay as they are: neighbours share inputs in many patterns.
+
+    Args:
+        lengths: how many blocks each output has.
+        blocks: how many there are.
+    """
+    usual = 2 * blocks // len(lengths)
+    return lengths.clamp_min(usual).sort(descending=True, stable=True).indices
 
 
 def _morton(i: Tensor, j: Tensor) -> Tensor:
@@ -105,7 +122,7 @@ def update_plan(i: Tensor, j: Tensor, shape: tuple[int, int], block: int) -> lis
     tile = torch.arange(len(i), device=i.device) // UPDATE_TILES[block]
     pairs = block == 8
     costs = torch.stack([_tile_cost(i, j, tile, shape, width, pairs) for width in _PANELS])
-    width = torch.tensor(_PANELS, device=i.device)[costs.argmin()]
+    width = 2 ** costs.argmin()  # no list of numbers: copying one to the device would break a graph's capture
     order = _panel_order(i, j, shape, width)
     return _tiles(i[order], j[order], order, tile, shape, UPDATE_TILES[block], pairs)
 

@@ -42,6 +42,14 @@ inline Tensor empty(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sh
   return torch::stable::new_empty(x, shape, dtype);
 }
 
+/// Values of codes in a dtype that holds them, by the op.
+inline Tensor decode_codes(const Tensor& codes, const std::vector<int64_t>& format, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(codes), from(format), from(dtype)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("lowprec::decode", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 /// Copy every element of `source` into `target`, whatever the strides of either.
 inline void copy(Tensor target, const Tensor& source) { torch::stable::copy_(target, source); }
 

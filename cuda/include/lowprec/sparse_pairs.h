@@ -1,0 +1,80 @@
+// Codes as operands of mma.sync, decoded two at a time in the registers that it takes them from. Device code.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "lowprec/sparse_codes.h"
+
+namespace lowprec {
+
+/// What decoding takes, so that the loops over pairs have no branches: into bfloat16 or float16, of a format all of
+/// whose codes are finite values, or `special` ones, or those with an instruction or a byte of their own.
+enum class Decoding : int { none, bfloat16, special_bfloat16, float16, e4m3_float16, e5m2_float16 };
+
+LOWPREC_INLINE constexpr bool is_half(Decoding way) {
+  return static_cast<int>(way) >= static_cast<int>(Decoding::float16);
+}
+
+struct PairDecode {
+  Decoding way = Decoding::none;
+  CodeReader<false> wide;
+  CodeReader<true> half;
+
+  PairDecode() = default;
+
+  /// Nothing, if the format needs more: then its codes are decoded before.
+  PairDecode(const Format& format, bool to_half) : wide(format), half(format) {
+    const auto simple = [](const auto& reader) {
+      return !reader.rescale && !reader.zero_is_nan && !reader.flushes && !reader.through;
+    };
+    if (to_half) {
+      if (!simple(half)) return;
+      if (half.is_float16_top) way = Decoding::e5m2_float16;
+      if (half.is_e4m3 && format.bias == 7) way = Decoding::e4m3_float16;
+      if (!half.has_special) way = Decoding::float16;
+    } else if (simple(wide)) {
+      way = wide.has_special ? Decoding::special_bfloat16 : Decoding::bfloat16;
+    }
+  }
+};
+
+/// Two codes, in the upper bytes of a word's halves, shifted to their tops.
+template <Decoding kWay>
+LOWPREC_DEVICE uint32_t decode_pair(const PairDecode& by, uint32_t codes) {
+  if constexpr (kWay == Decoding::e5m2_float16) return codes & 0xff00ff00u;
+#if __CUDA_ARCH__ >= 890
+  if constexpr (kWay == Decoding::e4m3_float16) return codes::e4m3_to_half(codes);
+#endif
+  CodeReader<is_half(kWay)> reader;
+  if constexpr (is_half(kWay)) {
+    reader = by.half;
+  } else {
+    reader = by.wide;
+  }
+  reader.rescale = 0;
+  reader.zero_is_nan = reader.flushes = reader.through = reader.is_float16_top = reader.is_e4m3 = false;
+  reader.has_special = kWay == Decoding::special_bfloat16 || kWay == Decoding::e4m3_float16;
+  return reader.pair(codes);
+}
+
+/// Call f with how codes are decoded, as a constant.
+template <class F>
+LOWPREC_DEVICE void for_decoding(Decoding way, F f) {
+  switch (way) {
+    case Decoding::bfloat16:
+      return f.template operator()<Decoding::bfloat16>();
+    case Decoding::special_bfloat16:
+      return f.template operator()<Decoding::special_bfloat16>();
+    case Decoding::float16:
+      return f.template operator()<Decoding::float16>();
+    case Decoding::e4m3_float16:
+      return f.template operator()<Decoding::e4m3_float16>();
+    case Decoding::e5m2_float16:
+      return f.template operator()<Decoding::e5m2_float16>();
+    default:
+      return f.template operator()<Decoding::none>();
+  }
+}
+
+}  // namespace lowprec

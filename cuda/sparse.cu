@@ -1,0 +1,272 @@
+// Block-sparse products without a declared accumulator on CUDA: what the kernels are given, and the choice of one.
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <optional>
+
+#include "lowprec/fused_ops.h"
+#include "lowprec/launch.h"
+#include "lowprec/sparse_launch.h"
+#include "lowprec/sparse_plain.h"
+#include "lowprec/torch_stable.h"
+
+namespace lowprec {
+namespace {
+
+constexpr Format kBFloat16{8, 7, 127, Specials::ieee, true};
+constexpr Format kFloat16{5, 10, 15, Specials::ieee, true};
+constexpr int64_t kPlainBlocks = 1 << 16;
+
+/// A product as it is asked for.
+struct Request {
+  Tensor x;
+  Tensor w;
+  const Tensor& table;
+  const MaybeTensor& gate;
+  int64_t outputs;
+  bool first;
+  bool transpose;
+
+  int64_t tokens() const { return x.size(first ? 1 : 0); }
+  int64_t block() const { return w.size(2); }
+  int64_t features() const { return outputs * block(); }
+  int64_t blocks() const { return w.size(0); }
+  const int* offsets() const { return static_cast<const int*>(table.const_data_ptr()); }
+  const int* pairs() const { return offsets() + outputs + 1; }
+  const int* order() const { return pairs() + 2 * blocks(); }
+};
+
+/// What is done with the sums.
+struct Result {
+  ScalarType dtype;  // of values
+  std::optional<Format> format;
+  int64_t rounding;
+  bool saturate;
+  bool codes;
+  const Source& draws;
+
+  ScalarType stored() const { return codes ? code_dtype(*format) : dtype; }
+};
+
+bool starts_at_16(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
+
+void check_request(const Request& call) {
+  const int64_t b = call.block();
+  STD_TORCH_CHECK(call.x.dim() == 2 && call.w.dim() == 3 && call.w.size(1) == b && call.table.dim() == 1,
+                  "expected x [N, C] or [C, N], w [blocks, b, b] and a table of one dimension");
+  STD_TORCH_CHECK(b == 8 || b == 16 || b == 32 || b == 64, "blocks have 8, 16, 32 or 64 features a side, got ", b);
+  STD_TORCH_CHECK(call.x.size(call.first ? 0 : 1) % b == 0, "x must have whole blocks of features");
+  STD_TORCH_CHECK(call.table.scalar_type() == ScalarType::Int && call.table.is_contiguous() &&
+                      call.table.numel() >= 2 * call.outputs + 1 + 2 * call.blocks(),
+                  "the table is not one of these weights");
+  check_same_place(call.x, call.w);
+  check_same_place(call.x, call.table);
+  if (!call.gate) return;
+  check_same_place(call.x, *call.gate);
+  STD_TORCH_CHECK(call.gate->scalar_type() == ScalarType::Float && call.gate->numel() == call.blocks(),
+                  "gate must be float32 [blocks]");
+}
+
+/// How the codes of one operand are read: none for values.
+std::optional<Format> read_codes(const Tensor& x, const Ints& fields) {
+  if (fields.empty()) return std::nullopt;
+  const Format format = read_format(fields);
+  STD_TORCH_CHECK(format.bits() <= 8 && x.scalar_type() == ScalarType::Byte, "codes must be uint8, of up to 8 bits");
+  return format;
+}
+
+Ints fields_of(const Format& format) {
+  return {format.ebits, format.mbits, format.bias, static_cast<int64_t>(format.specials), format.subnormals};
+}
+
+/// The first dtype that holds the formats, or that of the values beside them.
+ScalarType operand_dtype(const Request& call, const std::optional<Format>& x, const std::optional<Format>& w) {
+  if (!x && !w) {
+    STD_TORCH_CHECK(call.x.scalar_type() == call.w.scalar_type(), "x and w must have one dtype");
+  }
+  const auto both_within = [&](auto container) {
+    return (!x || Grid::of(*x, container).within) && (!w || Grid::of(*w, container).within);
+  };
+  const auto holds_both = [&](ScalarType dtype) {
+    bool within = false;
+    for_container(dtype, [&](auto container) { within = both_within(container); });
+    return within;
+  };
+  if (!x || !w) {
+    const ScalarType own = x ? call.w.scalar_type() : call.x.scalar_type();
+    STD_TORCH_CHECK(holds_both(own), "the dtype of the values cannot hold those of the codes");
+    return own;
+  }
+  for (const ScalarType dtype : {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}) {
+    if (holds_both(dtype)) return dtype;
+  }
+  STD_TORCH_CHECK(false, "float32 cannot hold the values of the codes");
+}
+
+/// The same with rows that begin at multiples of 16 bytes.
+Tensor rows_of(const Tensor& x) {
+  const int64_t unit = 16 / bytes_of(x.scalar_type());
+  if (x.stride(1) == 1 && x.stride(0) % unit == 0 && x.stride(0) >= x.size(1) && starts_at_16(x)) return x;
+  Tensor room = empty(x, {x.size(0), (x.size(1) + unit - 1) / unit * unit}, x.scalar_type());
+  Tensor rows = torch::stable::narrow(room, 1, 0, x.size(1));
+  copy(rows, x);
+  return rows;
+}
+
+Tensor blocks_of(const Tensor& w) {
+  if (w.is_contiguous() && starts_at_16(w)) return w;
+  Tensor blocks = empty(w, w.sizes(), w.scalar_type());
+  copy(blocks, w);
+  return blocks;
+}
+
+/// Where sums go, and how they are written.
+Output output_of(const Tensor& x, const Result& result, const Tensor& out) {
+  const ScalarType stored = result.stored();
+  const bool narrow = !result.format && stored != ScalarType::Float;  // sums rounded as they are written
+  const Format own = stored == ScalarType::Half ? kFloat16 : kBFloat16;
+  const SumCast cast(result.format.value_or(own), result.rounding, result.saturate, result.codes,
+                     layout_of(result.dtype), device_draws(x, result.draws));
+  return {out.mutable_data_ptr(), bytes_of(stored), result.dtype == ScalarType::Half,
+          narrow || result.format.has_value(), cast};
+}
+
+/// Sums by tensor cores from operands that lie as the kernel takes them.
+void multiply(const Request& call, const PairDecode& x_codes, const PairDecode& w_codes, bool half,
+              const Result& result, const Tensor& out) {
+  const bool aligned = !call.first || call.tokens() % 8 == 0;
+  SparseCall kernel{call.x.const_data_ptr(),
+                    call.x.stride(0),
+                    call.w.const_data_ptr(),
+                    call.gate ? static_cast<const float*>(call.gate->const_data_ptr()) : nullptr,
+                    call.offsets(),
+                    call.pairs(),
+                    call.order(),
+                    static_cast<int>(call.outputs),
+                    static_cast<int>(call.block()),
+                    half,
+                    x_codes,
+                    w_codes,
+                    {},
+                    {output_of(call.x, result, out), call.tokens(), call.features(), aligned && !result.format}};
+  int multiprocessors = 0;
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, call.x.get_device_index()));
+  kernel.shape = sparse_shape(kernel, call.blocks(), multiprocessors);
+  check_cuda(launch_sparse(kernel, call.first, call.transpose, current_stream(call.x)));
+}
+
+/// By tensor cores: in `dtype`, bfloat16 or float16.
+void multiply_narrow(Request call, const std::optional<Format>& x, const std::optional<Format>& w, ScalarType dtype,
+                     const Result& result, const Tensor& out) {
+  // float16 has an instruction for e4m3fn, and products are the same; a gated weight is rounded into bfloat16.
+  const auto in_half = [](const std::optional<Format>& format) {
+    const Decoding way = format ? PairDecode(*format, true).way : Decoding::none;
+    return way == Decoding::e4m3_float16 || way == Decoding::e5m2_float16;
+  };
+  const bool half = dtype == ScalarType::Half || (!call.gate && in_half(x) && in_half(w));
+  const auto prepare = [&](Tensor& operand, const std::optional<Format>& format) {
+    const PairDecode decode = format ? PairDecode(*format, half) : PairDecode();
+    if (format && decode.way == Decoding::none) operand = decode_codes(operand, fields_of(*format), dtype);
+    return decode;
+  };
+  const PairDecode x_codes = prepare(call.x, x), w_codes = prepare(call.w, w);
+  call.x = rows_of(call.x);
+  call.w = blocks_of(call.w);
+  multiply(call, x_codes, w_codes, half, result, out);
+}
+
+unsigned plain_grid(int64_t count) {
+  return static_cast<unsigned>(std::min((count + kSparsePlainThreads - 1) / kSparsePlainThreads, kPlainBlocks));
+}
+
+template <class T>
+void multiply_plain(const Request& call, const Tensor& out) {
+  const int along = call.first ? 1 : 0;
+  const SparsePlainCall<T> kernel{static_cast<const T*>(call.x.const_data_ptr()),
+                                  call.x.stride(along),
+                                  call.x.stride(1 - along),
+                                  static_cast<const T*>(call.w.const_data_ptr()),
+                                  call.gate ? static_cast<const float*>(call.gate->const_data_ptr()) : nullptr,
+                                  call.offsets(),
+                                  call.pairs(),
+                                  static_cast<T*>(out.mutable_data_ptr()),
+                                  call.tokens(),
+                                  call.features(),
+                                  static_cast<int>(call.block()),
+                                  call.first,
+                                  call.transpose};
+  sparse_plain_kernel<<<plain_grid(out.numel()), kSparsePlainThreads, 0, current_stream(call.x)>>>(kernel);
+  check_cuda(cudaGetLastError());
+}
+
+/// Float64, and float32, in sums of its own.
+void multiply_wide(Request call, const std::optional<Format>& x, const std::optional<Format>& w, ScalarType dtype,
+                   const Result& result, const Tensor& out) {
+  if (x) call.x = decode_codes(call.x, fields_of(*x), dtype);
+  if (w) call.w = decode_codes(call.w, fields_of(*w), dtype);
+  call.w = contiguous(call.w);
+  if (dtype == ScalarType::Double) {
+    STD_TORCH_CHECK(!result.format && result.dtype == dtype, "sums of float64 are written as they are");
+    return multiply_plain<double>(call, out);
+  }
+  if (!result.format && result.dtype == dtype) return multiply_plain<float>(call, out);
+  const Tensor sums = empty(call.x, out.sizes(), dtype);
+  multiply_plain<float>(call, sums);
+  write_sums_kernel<<<plain_grid(out.numel()), kSparsePlainThreads, 0, current_stream(call.x)>>>(
+      static_cast<const float*>(sums.const_data_ptr()), out.numel(), output_of(call.x, result, out));
+  check_cuda(cudaGetLastError());
+}
+
+Tensor run(Request call, const Ints& x_format, const Ints& w_format, const Result& result) {
+  check_request(call);
+  const std::optional<Format> x = read_codes(call.x, x_format), w = read_codes(call.w, w_format);
+  const ScalarType dtype = operand_dtype(call, x, w);
+  const int64_t tokens = call.tokens(), features = call.features();
+  STD_TORCH_CHECK(std::max({tokens, features, call.blocks()}) < std::numeric_limits<int>::max(),
+                  "tokens, features and blocks must be fewer than 2^31");
+  const DeviceGuard guard(call.x.get_device_index());
+  const Tensor out = call.first ? empty(call.x, {features, tokens}, result.stored())
+                                : empty(call.x, {tokens, features}, result.stored());
+  if (out.numel() == 0) return out;
+  const MaybeTensor gate = call.gate ? MaybeTensor(contiguous(*call.gate)) : std::nullopt;
+  const Request with_gate{call.x, call.w, call.table, gate, call.outputs, call.first, call.transpose};
+  if (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) {
+    multiply_narrow(with_gate, x, w, dtype, result, out);
+  } else {
+    multiply_wide(with_gate, x, w, dtype, result, out);
+  }
+  return out;
+}
+
+Tensor sparse_matmul(const Tensor& x, const Tensor& w, const Tensor& table, const MaybeTensor& gate, int64_t outputs,
+                     bool first, bool transpose, const Ints& x_format, const Ints& w_format, ScalarType dtype) {
+  const MaybeTensor none;
+  const Source source(none, none, 32);
+  return run({x, w, table, gate, outputs, first, transpose}, x_format, w_format,
+             {dtype, std::nullopt, 0, false, false, source});
+}
+
+Tensor sparse_matmul_cast(const Tensor& x, const Tensor& w, const Tensor& table, const MaybeTensor& gate,
+                          int64_t outputs, bool first, bool transpose, const Ints& x_format, const Ints& w_format,
+                          const Ints& format, int64_t rounding, bool saturate, const MaybeTensor& seed,
+                          const MaybeTensor& offset, int64_t random_bits, bool codes, ScalarType dtype) {
+  const Format to = read_format(format);
+  STD_TORCH_CHECK(rounding >= 0 && rounding <= 6, "unknown rounding mode ", rounding);
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "values are written in float32, float16 or bfloat16");
+  for_container(dtype, [&](auto container) {
+    if (!codes) check_within(to, container);
+  });
+  const Source source(seed, offset, random_bits);
+  return run({x, w, table, gate, outputs, first, transpose}, x_format, w_format,
+             {dtype, to, rounding, saturate, codes, source});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowprec, CUDA, library) {
+  library.impl("sparse_matmul", TORCH_BOX(&sparse_matmul));
+  library.impl("sparse_matmul_cast", TORCH_BOX(&sparse_matmul_cast));
+}
+
+}  // namespace
+}  // namespace lowprec

@@ -1,0 +1,246 @@
+"""What only the CUDA kernels of block-sparse products can get wrong: tiles, edges, layouts, codes, graphs, and order.
+
+A dense product in float64 judges. Sums are float32 of K exact products: a tensor core keeps at least 24 bits of an
+instruction's 16 aligned terms, so an output is within K / 8 · 2^-24 of the sum of magnitudes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import lowprec as lp
+from lowprec import _ops
+from lowprec.blocksparse import Tables, column_order, tables_of
+from lowprec.formats import FloatFormat
+
+BLOCKS = (8, 16, 32, 64)
+TOKENS = (0, 1, 63, 64, 65, 200)
+FORMATS = (
+    *("e4m3fn", "e5m2", "1-4-3:emax=8", "1-5-2:emax=1", "1-3-4", "1-3-2", "1-4-3:specials=fnuz"),
+    *("1-5-2:subnormals=off", "1-0-7", "1-6-1", "p3109_k8p4", "1-2-1"),
+)
+gpu = pytest.mark.gpu
+
+
+class Layer:
+    """A mask with an empty row and an empty column, weights of values or codes, and the judge."""
+
+    def __init__(
+        self, shape: tuple[int, int], block: int, dtype: torch.dtype, fmt: str | None = None, gated: bool = False
+    ):
+        torch.manual_seed(block + shape[0])
+        self.mask = torch.rand(shape, device="cuda") < 0.4
+        self.mask[shape[0] // 2] = False
+        self.mask[:, shape[1] // 2] = False
+        self.block, self.dtype = block, dtype
+        self.blocks = int(self.mask.sum())
+        self.tables: Tables = tables_of(self.mask, self.blocks, block)
+        self.fmt = lp.format(fmt) if fmt else None
+        self.w, self.w_values = operand((self.blocks, block, block), dtype, self.fmt)
+        self.gate = None
+        if gated:
+            self.gate = torch.randn(self.blocks, device="cuda")
+            self.gate[::3] = 0
+
+    def dense(self) -> Tensor:
+        """The weights [inputs, outputs] in float64, gates rounded in as the contract has it."""
+        w = self.w_values
+        if self.gate is not None:
+            w = w.to(self.dtype) * self.gate.to(self.dtype)[:, None, None]
+        i, j = self.mask.nonzero().unbind(1)
+        inputs, outputs = self.mask.shape
+        full = torch.zeros(inputs, outputs, self.block, self.block, dtype=torch.float64, device="cuda")
+        full[i, j] = w.double()
+        return full.transpose(1, 2).reshape(inputs * self.block, outputs * self.block)
+
+
+def operand(shape: tuple[int, ...], dtype: torch.dtype, fmt: FloatFormat | None) -> tuple[Tensor, Tensor]:
+    """Values, or codes of finite values, and what they stand for."""
+    if fmt is None:
+        x = torch.randn(shape, device="cuda").to(dtype)
+        return x, x
+    codes = torch.randint(0, 1 << fmt.bits, shape, device="cuda", dtype=torch.uint8)
+    values = lp.decode(codes, fmt, dtype=torch.float32)
+    codes = codes.masked_fill(~values.isfinite(), 0)
+    return codes, values.masked_fill(~values.isfinite(), 0)
+
+
+def fields(fmt: FloatFormat | None) -> list[int]:
+    return [] if fmt is None else list(fmt.fields)
+
+
+def multiply(
+    layer: Layer, x: Tensor, first: bool, transpose: bool, x_fmt: FloatFormat | None, dtype: torch.dtype
+) -> Tensor:
+    table, outputs = layer.tables.direction(transpose)
+    formats = (fields(x_fmt), fields(layer.fmt))
+    return _ops.sparse_matmul(x, layer.w, table, layer.gate, outputs, first, transpose, *formats, dtype)
+
+
+def check(layer: Layer, tokens: int, first: bool, transpose: bool, x_format: str | None, dtype: torch.dtype) -> None:
+    """One product against the judge, twice with the same bits."""
+    x_fmt = lp.format(x_format) if x_format else None
+    features = layer.mask.shape[1 if transpose else 0] * layer.block
+    x, values = operand((features, tokens) if first else (tokens, features), layer.dtype, x_fmt)
+    y = multiply(layer, x, first, transpose, x_fmt, dtype)
+    w = layer.dense().T if transpose else layer.dense()
+    left = (values.T if first else values).double()
+    exact, magnitude = left @ w, left.abs() @ w.abs()
+    got = (y.T if first else y).double()
+    terms = int(layer.mask.sum(1 if transpose else 0).max()) * layer.block
+    unit = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    bound = magnitude * (terms / 8 + 2) * 2.0**-24 + exact.abs() * unit * 1.01 + 2.0**-24 * (unit > 0)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    assert got.shape == exact.shape
+    assert ((got - exact).abs() <= bound).all()
+    assert torch.equal(y.view(torch.uint8), multiply(layer, x, first, transpose, x_fmt, dtype).view(torch.uint8))
+
+
+@gpu
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_values(block: int, transpose: bool, first: bool) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        for gated in (False, True):
+            layer = Layer((7, 5), block, dtype, gated=gated)
+            for tokens in TOKENS:
+                check(layer, tokens, first, transpose, None, torch.float32)
+            check(layer, 65, first, transpose, None, dtype)
+            check(layer, 72, first, transpose, None, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_codes(block: int, transpose: bool, first: bool) -> None:
+    for fmt in FORMATS:
+        layer = Layer((5, 6), block, torch.bfloat16, fmt)
+        check(layer, 72, first, transpose, fmt, torch.float32)
+        check(layer, 40, first, transpose, None, torch.float32)
+    gated = Layer((5, 6), block, torch.bfloat16, "e4m3fn", gated=True)
+    check(gated, 65, first, transpose, "e5m2", torch.float32)
+    check(Layer((5, 6), block, torch.float16, "e4m3fn"), 65, first, transpose, None, torch.float32)
+    check(Layer((5, 6), block, torch.bfloat16), 65, first, transpose, "1-4-3:emax=8", torch.bfloat16)
+
+
+@gpu
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_long_columns(block: int, transpose: bool) -> None:
+    layer = Layer((150, 3), block, torch.bfloat16)
+    layer.mask[:, 0] = True
+    layer.blocks = int(layer.mask.sum())
+    layer.tables = tables_of(layer.mask, layer.blocks, block)
+    layer.w, layer.w_values = operand((layer.blocks, block, block), layer.dtype, None)
+    for first in (False, True):
+        check(layer, 64, first, transpose, None, torch.float32)
+        check(layer, 300, first, transpose, None, torch.bfloat16)
+
+
+@gpu
+@pytest.mark.parametrize("block", BLOCKS)
+def test_any_strides(block: int) -> None:
+    layer = Layer((5, 6), block, torch.bfloat16)
+    x = torch.randn(2 * 33, 5 * block + 3, device="cuda").bfloat16()[::2, 3:]
+    y = multiply(layer, x.contiguous(), False, False, None, torch.float32)
+    assert torch.equal(multiply(layer, x, False, False, None, torch.float32), y)
+    assert torch.equal(multiply(layer, x.T, True, False, None, torch.float32), y.T)
+    expanded = x[:1].expand(70, -1)
+    assert torch.equal(multiply(layer, expanded, False, False, None, torch.float32), y[:1].expand(70, -1))
+
+
+@gpu
+@pytest.mark.parametrize("block", BLOCKS)
+def test_special_values(block: int) -> None:
+    layer = Layer((3, 3), block, torch.bfloat16)
+    layer.gate = torch.ones(layer.blocks, device="cuda")
+    x = torch.ones(9, 3 * block, device="cuda").bfloat16()
+    x[3, 0], x[5, 1], x[7, 2] = float("nan"), float("inf"), -float("inf")
+    y = multiply(layer, x, False, False, None, torch.float32)
+    row = layer.mask[0].repeat_interleave(block)
+    assert y[3, row].isnan().all()
+    assert y[[0, 1, 2, 4, 6, 8]].isfinite().all()
+    assert not y[5, row].isfinite().any()
+    assert not y[7, row].isfinite().any()
+    assert y[:, ~row].isfinite().all()
+    layer.gate.zero_()
+    assert (multiply(layer, x, False, False, None, torch.float32).view(torch.int32) == 0).all()
+    for fmt, code in (("e4m3fn", 0x7F), ("e5m2", 0x7E), ("e5m2", 0x7C), ("1-4-3:specials=fnuz", 0x80)):
+        x = torch.zeros(9, 3 * block, device="cuda", dtype=torch.uint8)
+        x[3, 0] = code
+        for other in (None, "e4m3fn"):
+            layer = Layer((3, 3), block, torch.bfloat16, other)
+            y = multiply(layer, x, False, False, lp.format(fmt), torch.float32)
+            assert not y[3, row].isfinite().any()
+            assert (y[[0, 1, 2, 4, 5]] == 0).all()
+
+
+@gpu
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_wide_values(dtype: torch.dtype, first: bool) -> None:
+    for block in BLOCKS:
+        layer = Layer((5, 4), block, dtype, gated=True)
+        for transpose in (False, True):
+            features = layer.mask.shape[1 if transpose else 0] * block
+            x = torch.randn(features, 37, device="cuda", dtype=dtype)
+            y = multiply(layer, x if first else x.T, first, transpose, None, dtype)
+            w = layer.dense().T if transpose else layer.dense()
+            exact = w.T @ x.double()
+            torch.testing.assert_close(
+                (y if first else y.T).double(), exact, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-12
+            )
+
+
+@gpu
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_cast_of_sums(block: int, first: bool) -> None:
+    layer = Layer((5, 6), block, torch.bfloat16)
+    table, outputs = layer.tables.fprop, 6
+    seed, offset = torch.tensor(12345678901234567), torch.tensor(5)
+    for tokens in (40, 65):
+        x = torch.randn(5 * block, tokens, device="cuda").bfloat16()
+        x = x if first else x.T.contiguous()
+        x[3, 5] = float("nan")
+        where = (x, layer.w, table, None, outputs, first, False, [], [])
+        sums = _ops.sparse_matmul(*where, torch.float32)
+        for name in ("e4m3fn", "1-4-3:emax=3", "1-5-2:specials=ieee", "1-2-1", "1-5-0", "bf16"):
+            for rounding in (0, 2, 6):
+                words = (seed, offset) if rounding == 6 else (None, None)
+                how = (list(lp.format(name).fields), rounding, False, *words, 32)
+                codes = _ops.sparse_matmul_cast(*where, *how, True, torch.float32)
+                assert torch.equal(codes, _ops.encode(sums, *how))
+                for dtype in (torch.float32, torch.bfloat16):
+                    values = _ops.sparse_matmul_cast(*where, *how, False, dtype)
+                    judge = _ops.quantize(sums, *how).to(dtype)
+                    assert torch.equal(values.nan_to_num(7.0), judge.nan_to_num(7.0))
+                    assert values.dtype == dtype
+
+
+@gpu
+@pytest.mark.parametrize("block", BLOCKS)
+def test_in_a_graph(block: int) -> None:
+    layer = Layer((6, 6), block, torch.bfloat16)
+    x = torch.randn(100, 6 * block, device="cuda").bfloat16()
+    multiply(layer, x, False, False, None, torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer.tables = tables_of(layer.mask, layer.blocks, block)
+        y = multiply(layer, x, False, False, None, torch.bfloat16)
+    x.copy_(torch.randn_like(x))
+    layer.mask.copy_(layer.mask.flip(0))
+    graph.replay()
+    layer.tables = tables_of(layer.mask, layer.blocks, block)
+    assert torch.equal(y, multiply(layer, x, False, False, None, torch.bfloat16))
+
+
+def test_column_order() -> None:
+    lengths = torch.tensor([3, 0, 9, 2, 7, 4, 0, 1])
+    assert column_order(lengths, 26).tolist() == [2, 4, 0, 1, 3, 5, 6, 7]
+    assert column_order(torch.zeros(4, dtype=torch.int64), 0).tolist() == [0, 1, 2, 3]
