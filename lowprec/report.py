@@ -315,10 +315,11 @@ def _emaxes(region: Region) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _kind_of(module: nn.Module) -> str | None:
-    """The op that a module of torch's own is there to call."""
+    """The op that a module is there to call: torch's own by this table, others if they say so in `lowprec_op`."""
     if isinstance(module, _PARTS):
         return None
-    return next((kind for base, kind in _KIND_OF.items() if isinstance(module, base)), None)
+    said = getattr(type(module), "lowprec_op", None)
+    return next((kind for base, kind in _KIND_OF.items() if isinstance(module, base)), said)
 
 
 def _holds_parameters(module: nn.Module) -> bool:

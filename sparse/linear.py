@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class Linear(nn.Module):
             its features elsewhere.
     """
 
+    lowprec_op: ClassVar[str] = "sparse_matmul"
     weight: Tensor
     bias: Tensor | None
     gate: Tensor | None
