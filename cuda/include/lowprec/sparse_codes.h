@@ -78,6 +78,7 @@ struct CodeReader {
   uint32_t digits;              // mask of the shifted magnitude
   uint32_t scale;               // powers of two that are left
   uint32_t rescale;             // a second one, for values beyond the first one's reach, or 0
+  uint32_t e4m3_scale;          // what is left after the hardware's conversion
   uint32_t special;             // 2^15 less the first magnitude that is not finite
   uint32_t payload;             // mask of its digits that stay: those by which IEEE 754 tells NaN from infinity
   uint32_t set;                 // and the bits that come
@@ -103,6 +104,7 @@ struct CodeReader {
     }
     const bool fn = format.specials == Specials::fn, ieee = format.specials == Specials::ieee;
     is_e4m3 = direct && format.ebits == 4 && format.mbits == 3 && fn && format.subnormals;
+    e4m3_scale = is_e4m3 ? codes::power_of_two<Float16>(7 - format.bias) : 0;
     is_float16_top = direct && format.ebits == 5 && format.mbits == 2 && format.bias == 15 && ieee && format.subnormals;
   }
 
@@ -124,7 +126,7 @@ struct CodeReader {
     if constexpr (kHalf) {
       if (is_float16_top) return codes;
 #if __CUDA_ARCH__ >= 890
-      if (is_e4m3) return codes::multiply<true>(codes::e4m3_to_half(codes), scale);
+      if (is_e4m3) return codes::multiply<true>(codes::e4m3_to_half(codes), e4m3_scale);
 #endif
       if (!through) return shifted<true>(codes);
       return codes::to_half(shifted<false>(codes));
