@@ -27,6 +27,15 @@ struct LevelSpec {
   bool saturate;
 };
 
+/// Whether a level rounds as the device's own arithmetic of an IEEE 754 format does.
+inline bool is_ieee(const LevelSpec& level, int ebits, int mbits) {
+  const Format& format = level.format;
+  return format.ebits == ebits && format.mbits == mbits && format.bias == (1 << (ebits - 1)) - 1 && format.subnormals &&
+         format.specials == Specials::ieee && level.rounding == 0 && !level.saturate;
+}
+
+inline bool is_single(const LevelSpec& level) { return is_ieee(level, 8, 23); }
+
 /// An accumulator, as the integers of an op say it.
 struct AccumulatorSpec {
   Leaf leaf;
@@ -59,7 +68,7 @@ struct Tree {
   Stage stage[kMaxStages];
 
   Tree() = default;
-  Tree(const AccumulatorSpec& spec, int64_t inputs) {
+  LOWPREC_INLINE Tree(const AccumulatorSpec& spec, int64_t inputs) {
     for (int level = 0; inputs > 0 && stages < kMaxStages; ++stages) {
       const int64_t fan_in = spec.level[level].fan_in ? spec.level[level].fan_in : inputs;
       stage[stages] = {level, fan_in, inputs, roundings};
@@ -222,6 +231,13 @@ struct SumPlan {
   /// The same by words that are known only where the sum is formed.
   template <class TermAt>
   LOWPREC_INLINE uint64_t sum(const SumWords& words, int64_t output, int64_t count, const TermAt& term) const {
+    return sum(tree, words, output, count, term);
+  }
+
+  /// The same by a tree of its own: sums of one call may differ in how many terms they have.
+  template <class TermAt>
+  LOWPREC_INLINE uint64_t sum(const Tree& tree, const SumWords& words, int64_t output, int64_t count,
+                              const TermAt& term) const {
     if (leaf == Leaf::exact) return exact_sum(words, output, count, term);
     Walk<C> walk(tree);
     const auto round = [&](int i, bool first, uint64_t partial, const Term<C>& input, int64_t n) {

@@ -12,15 +12,6 @@ namespace lowprec {
 /// Which of the kernels adds the terms.
 enum class Kernel { none, single, nearest, directed, random, float16, bfloat16, pairs };
 
-/// Whether a level rounds as the device's own arithmetic of an IEEE 754 format does.
-inline bool is_ieee(const LevelSpec& level, int ebits, int mbits) {
-  const Format& format = level.format;
-  return format.ebits == ebits && format.mbits == mbits && format.bias == (1 << (ebits - 1)) - 1 && format.subnormals &&
-         format.specials == Specials::ieee && level.rounding == 0 && !level.saturate;
-}
-
-inline bool is_single(const LevelSpec& level) { return is_ieee(level, 8, 23); }
-
 /// A product by tiles, planned on the host: whether it can be, what memory it takes besides, and its launches.
 class TilePlan {
  public:
