@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
   const To share = share_of<To>(of, at);
   const SumWords words = draws.read(plan.tree.roundings);
-  const Context<To> in{of, plan, words, share};
+  const Context<To> in{of, plan, plan.tree, words, share};
   UpperSums<To> upper(in, tower);
   HalfSums<kBfloat> sums(in, upper);
 

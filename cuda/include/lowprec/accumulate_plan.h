@@ -53,11 +53,11 @@ class TilePlan {
     const WayRules rules = to_.usable ? WayRules(to_) : WayRules{};
     switch (kernel_) {
       case Kernel::single:
-        return run(SingleWays{to_}, out, stream);
+        return run(SingleWays<>{to_}, out, stream);
       case Kernel::nearest:
-        return run(NearestWays{to_, rules}, out, stream);
+        return run(NearestWays<>{to_, rules}, out, stream);
       case Kernel::directed:
-        return run(DirectedWays{to_, rules}, out, stream);
+        return run(DirectedWays<>{to_, rules}, out, stream);
       case Kernel::random:
         return run(RandomWays{to_, rules}, out, stream);
       case Kernel::float16:

@@ -22,7 +22,8 @@ constexpr int kTileSize = kTile * kDepth;
 struct TileNotes {
   uint32_t largest;  // bits of the largest magnitude
   uint32_t digits;   // all their significands, or-ed: digits after the last one set are zero in each
-  uint32_t odd;      // whether scaling is not exact, or an element not finite: the tile is not scaled then
+  uint32_t odd;      // whether scaling is not exact, or an element not finite: the tile is not scaled then; 2 more where
+                     // that holds for another tile of the warp
   uint32_t unused;
 };
 
@@ -160,9 +161,10 @@ struct Product {
 /// A thread's outputs: kSide rows and columns of a tile, in runs of kRun.
 template <int kSide, int kRun = 4>
 struct Share {
-  static constexpr int side = kSide;
+  static constexpr int rows = kSide, width = kSide;  // of a thread's outputs
   static constexpr int tile = 16 * kSide;
   static constexpr int outputs = kSide * kSide;
+  static constexpr int threads = kTileThreads;
   using Sums = float[kSide][kSide];
   using Values = float[outputs];
 
@@ -178,6 +180,12 @@ struct Share {
   }
   static LOWPREC_DEVICE int run(int i) { return i % kRun + i / kRun * 16 * kRun; }
   LOWPREC_DEVICE int64_t output(int i, int j) const { return first_output + run(i) * columns + run(j); }
+
+  // Where the terms of rows and columns lie in a tile, and how far one term is from the next.
+  static LOWPREC_DEVICE int row_at(int i) { return run(i); }
+  static LOWPREC_DEVICE int column_at(int j) { return run(j); }
+  static LOWPREC_DEVICE int row_step() { return tile; }
+  static LOWPREC_DEVICE int column_step() { return tile; }
 };
 
 /// Some of a tile's terms in shared memory, from those of a thread's first row and column on.
@@ -190,36 +198,42 @@ struct Terms {
   int count;
 };
 
-template <int kSide>
-LOWPREC_DEVICE void read_side(const float* from, float (&to)[kSide]) {
+/// The values of one term at some lines, which lie in runs of four.
+template <class At, int kLines>
+LOWPREC_DEVICE void read_lines(const float* from, const At& at, float (&to)[kLines]) {
 #pragma unroll
-  for (int i = 0; i < kSide; i += 4) {
-    const float4 run = *reinterpret_cast<const float4*>(from + Share<kSide>::run(i));
+  for (int i = 0; i < kLines; i += 4) {
+    const float4 run = *reinterpret_cast<const float4*>(from + at(i));
     to[i] = run.x, to[i + 1] = run.y, to[i + 2] = run.z, to[i + 3] = run.w;
   }
 }
 
+template <int kSide>
+LOWPREC_DEVICE void read_side(const float* from, float (&to)[kSide]) {
+  read_lines(from, [](int i) { return Share<kSide>::run(i); }, to);
+}
+
 /// Add terms one after another to all sums, row by row.
-template <class Row, int kSide>
-LOWPREC_DEVICE void add_rows(const Row& row, const Terms& terms, float (&s)[kSide][kSide]) {
+template <class Row, class To>
+LOWPREC_DEVICE void add_rows(const Row& row, const Terms& terms, const To& share, typename To::Sums& s) {
   const float* a = terms.a;
   const float* b = terms.b;
 #pragma unroll 1
-  for (int k = 0; k < terms.count; ++k, a += Share<kSide>::tile, b += Share<kSide>::tile) {
-    float x[kSide], y[kSide];
-    read_side(a, x);
-    read_side(b, y);
+  for (int k = 0; k < terms.count; ++k, a += share.row_step(), b += share.column_step()) {
+    float x[To::rows], y[To::width];
+    read_lines(a, [](int i) { return To::row_at(i); }, x);
+    read_lines(b, [](int j) { return To::column_at(j); }, y);
 #pragma unroll
-    for (int i = 0; i < kSide; ++i) row(x[i], y, s[i]);
+    for (int i = 0; i < To::rows; ++i) row(x[i], y, s[i]);
   }
 }
 
 /// The largest magnitude of a warp's sums.
-template <int kSide>
-LOWPREC_DEVICE float largest_of(const float (&s)[kSide][kSide]) {
+template <int kRows, int kWidth>
+LOWPREC_DEVICE float largest_of(const float (&s)[kRows][kWidth]) {
   float largest = 0;
 #pragma unroll
-  for (int i = 0; i < kSide * kSide; ++i) largest = fmaxf(largest, fabsf(s[i / kSide][i % kSide]));
+  for (int i = 0; i < kRows * kWidth; ++i) largest = fmaxf(largest, fabsf(s[i / kWidth][i % kWidth]));
   return as_float(__reduce_max_sync(0xFFFFFFFFu, as_bits(largest)));
 }
 
@@ -240,87 +254,92 @@ template <class To>
 struct Context {
   const Product& of;
   const SumPlan<Float32>& plan;
+  const Tree& tree;
   const SumWords& words;
   const To& share;
 };
 
 /// IEEE single precision.
+template <class Shape = Share<8>>
 struct SingleWays {
-  static constexpr int side = 8;
   static constexpr int blocks = 2;  // of a multiprocessor: what registers allow
   using State = NoState;
-  using To = Share<side>;
+  using To = Shape;
 
   QuickRound to;
 
-  LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>&, const State&, float&, To::Sums& s) const {
-    add_rows(SingleWay<side>(), terms, s);
+  LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>& in, const State&, float&,
+                          typename To::Sums& s) const {
+    add_rows(SingleWay<To::width>(), terms, in.share, s);
     return true;
   }
 };
 
 /// Nearest even. False where only the general way is right: operands that cannot be scaled, or are not finite.
+template <class Shape = Share<8>>
 struct NearestWays {
-  static constexpr int side = 8;
   static constexpr int blocks = 2;  // of a multiprocessor: what registers allow
   using State = NoState;
-  using To = Share<side>;
+  using To = Shape;
 
   QuickRound to;
   WayRules rules;
 
-  LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>&, const State&, float& most, To::Sums& s) const {
+  LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>& in, const State&, float& most,
+                          typename To::Sums& s) const {
+    constexpr int width = To::width;
     const TileNotes &a = terms.a_notes, &b = terms.b_notes;
     if (a.odd | b.odd) return false;
     const int digits = digits_of(a) + digits_of(b);
     const bool near = __fmul_ru(as_float(a.largest), as_float(b.largest)) <= rules.near;
     if (!rules.within(a, b, most, [&] { return largest_of(s); })) {
-      to.saturates ? add_rows(LimitedWay<side, true>(to), terms, s) : add_rows(LimitedWay<side, false>(to), terms, s);
+      to.saturates ? add_rows(LimitedWay<width, true>(to), terms, in.share, s) : add_rows(LimitedWay<width, false>(to), terms, in.share, s);
     } else if (digits <= rules.narrow || (digits <= rules.narrow_near && near)) {
-      add_rows(NarrowWay<side>(to), terms, s);
+      add_rows(NarrowWay<width>(to), terms, in.share, s);
     } else if (digits >= rules.rare) {
-      add_rows(RareWay<side>(to), terms, s);
+      add_rows(RareWay<width>(to), terms, in.share, s);
     } else {
-      add_rows(ExactWay<side>(to), terms, s);
+      add_rows(ExactWay<width>(to), terms, in.share, s);
     }
     return true;
   }
 };
 
 /// The other deterministic modes, and formats without subnormals.
+template <class Shape = Share<8>>
 struct DirectedWays {
-  static constexpr int side = 8;
   static constexpr int blocks = 2;  // of a multiprocessor: what registers allow
   using State = NoState;
-  using To = Share<side>;
+  using To = Shape;
 
   QuickRound to;
   WayRules rules;
 
-  LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>&, const State&, float& most, To::Sums& s) const {
+  LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>& in, const State&, float& most,
+                          typename To::Sums& s) const {
     if (terms.a_notes.odd | terms.b_notes.odd) return false;
     const bool within = rules.within(terms.a_notes, terms.b_notes, most, [&] { return largest_of(s); });
     if (to.gap) {
-      within ? add_rows(ModeWay<side, ModeAny, false>(to), terms, s)
-             : add_rows(ModeWay<side, ModeAny, true>(to), terms, s);
+      within ? add_rows(ModeWay<To::width, ModeAny, false>(to), terms, in.share, s)
+             : add_rows(ModeWay<To::width, ModeAny, true>(to), terms, in.share, s);
     } else {
-      within ? add_terms<false>(terms, s) : add_terms<true>(terms, s);
+      within ? add_terms<false>(terms, in.share, s) : add_terms<true>(terms, in.share, s);
     }
     return true;
   }
 
  private:
   template <bool kLimited>
-  LOWPREC_DEVICE void add_terms(const Terms& terms, To::Sums& s) const {
+  LOWPREC_DEVICE void add_terms(const Terms& terms, const To& share, typename To::Sums& s) const {
     switch (to.mode) {
       case 1:
-        return add_rows(ModeWay<side, ModeNearestAway, kLimited>(to), terms, s);
+        return add_rows(ModeWay<To::width, ModeNearestAway, kLimited>(to), terms, share, s);
       case 2:
-        return add_rows(ModeWay<side, ModeTowardZero, kLimited>(to), terms, s);
+        return add_rows(ModeWay<To::width, ModeTowardZero, kLimited>(to), terms, share, s);
       case 3:
-        return add_rows(ModeWay<side, ModeUp, kLimited>(to), terms, s);
+        return add_rows(ModeWay<To::width, ModeUp, kLimited>(to), terms, share, s);
       default:
-        return add_rows(ModeWay<side, ModeToOdd, kLimited>(to), terms, s);
+        return add_rows(ModeWay<To::width, ModeToOdd, kLimited>(to), terms, share, s);
     }
   }
 };
@@ -548,7 +567,7 @@ LOWPREC_DEVICE float* single_sums() {
 }
 
 template <class To>
-constexpr int kSingleBytes = kTileThreads * To::outputs * static_cast<int>(sizeof(float));
+constexpr int kSingleBytes = To::threads * To::outputs * static_cast<int>(sizeof(float));
 
 /// The sums of all stages but the first, and how far each stage is. They are in memory, apart from what is in
 /// registers.
@@ -569,17 +588,17 @@ class UpperSums {
 
   /// Add the sum of a group of the first stage where `single`.
   LOWPREC_DEVICE void add_single(int at, float value, bool first) const {
-    float& sum = single_sums<To>()[at * kTileThreads];
+    float& sum = single_sums<To>()[at * To::threads];
     sum = first ? value : __fadd_rn(sum, value);
   }
 
   /// Add inputs to the stage i above the first one, and what that completes to the stages above.
   LOWPREC_DEVICE void add(int i, Values& values) {
     for (;; ++i) {
-      const Stage& stage = in_.plan.tree.stage[i + 1];
+      const Stage& stage = in_.tree.stage[i + 1];
       add_to(i, stage, values);
       ++done_[i];
-      if (++taken_[i] < stage.fan_in || i + 2 == in_.plan.tree.stages) return;
+      if (++taken_[i] < stage.fan_in || i + 2 == in_.tree.stages) return;
       taken_[i] = 0;
       read(i, values);
     }
@@ -589,10 +608,10 @@ class UpperSums {
   LOWPREC_DEVICE void finish(Values& values) {
     if (tower_.single) {
 #pragma unroll
-      for (int at = 0; at < count; ++at) values[at] = single_sums<To>()[at * kTileThreads];
+      for (int at = 0; at < count; ++at) values[at] = single_sums<To>()[at * To::threads];
       return;
     }
-    const int top = in_.plan.tree.stages - 2;
+    const int top = in_.tree.stages - 2;
     for (int i = 0; i < top; ++i) {
       if (taken_[i] == 0) continue;
       taken_[i] = 0;
@@ -621,7 +640,7 @@ class UpperSums {
         partial_[i][at] = quick(upper.to, first ? -0.0f : partial, x);
       } else {
         const uint32_t word = in_.plan.level[stage.level].random
-                                  ? in_.words(in_.share.output(at / To::side, at % To::side), stage.first + done_[i])
+                                  ? in_.words(in_.share.output(at / To::width, at % To::width), stage.first + done_[i])
                                   : 0;
         partial_[i][at] = round_sum(in_.plan, stage.level, first, partial, term_of<Float32>(as_bits(x)), word);
       }
@@ -647,8 +666,8 @@ class UpperSums {
 template <class Ways>
 class TileSums {
  public:
-  static constexpr int side = Ways::side;
-  using To = Share<side>;
+  using To = typename Ways::To;
+  static constexpr int width = To::width;
   using Values = typename To::Values;
 
   LOWPREC_DEVICE TileSums(const Ways& ways, const Context<To>& in, UpperSums<To>& upper)
@@ -658,7 +677,7 @@ class TileSums {
 
   /// Add terms in order.
   LOWPREC_DEVICE void add(Terms terms) {
-    const Tree& tree = in_.plan.tree;
+    const Tree& tree = in_.tree;
     int left = terms.count;
     while (left > 0) {
       const int64_t free = tree.stage[0].fan_in - added_;
@@ -666,15 +685,15 @@ class TileSums {
       if (!ways_.add(terms, in_, state_, most_, s_)) add_any(terms);
       added_ += terms.count;
       left -= terms.count;
-      terms.a += terms.count * To::tile;
-      terms.b += terms.count * To::tile;
+      terms.a += terms.count * in_.share.row_step();
+      terms.b += terms.count * in_.share.column_step();
       terms.first += terms.count;
       if (free == terms.count && tree.stages > 1) rise();
     }
   }
 
   LOWPREC_DEVICE void finish(Values& values) {
-    if (in_.plan.tree.stages == 1) return read(values);
+    if (in_.tree.stages == 1) return read(values);
     if (added_ > 0) rise();
     upper_.finish(values);
   }
@@ -682,7 +701,7 @@ class TileSums {
  private:
   LOWPREC_DEVICE void begin() {
 #pragma unroll
-    for (int i = 0; i < To::outputs; ++i) s_[i / side][i % side] = -0.0f;  // what leaves any first term as it is
+    for (int i = 0; i < To::outputs; ++i) s_[i / width][i % width] = -0.0f;  // what leaves any first term as it is
     nan_ = 0;
     added_ = 0;
     most_ = 0;
@@ -691,7 +710,7 @@ class TileSums {
   /// A sum as it is.
   LOWPREC_DEVICE float value(int i, int j) const {
     const float s = s_[i][j];
-    if ((nan_ >> (i * side + j) & 1) || (ways_.to.infinite_nan && fabsf(s) == as_float(Float32::infinity))) {
+    if ((nan_ >> (i * width + j) & 1) || (ways_.to.infinite_nan && fabsf(s) == as_float(Float32::infinity))) {
       return as_float(Float32::quiet_nan);
     }
     return s == 0 && !ways_.to.minus_zero ? 0.0f : s * in_.of.unscale_a * in_.of.unscale_b;
@@ -699,7 +718,7 @@ class TileSums {
 
   LOWPREC_DEVICE void read(Values& values) const {
 #pragma unroll
-    for (int i = 0; i < To::outputs; ++i) values[i] = value(i / side, i % side);
+    for (int i = 0; i < To::outputs; ++i) values[i] = value(i / width, i % width);
   }
 
   /// By the way that is always right. The sums are in memory meanwhile, so that the code is there but once.
@@ -707,13 +726,15 @@ class TileSums {
     const Product& of = in_.of;
     Values values;
     read(values);
-    const float left = terms.a_notes.odd ? 1.0f : of.unscale_a, right = terms.b_notes.odd ? 1.0f : of.unscale_b;
+    const float left = terms.a_notes.odd & 1 ? 1.0f : of.unscale_a;
+    const float right = terms.b_notes.odd & 1 ? 1.0f : of.unscale_b;
 #pragma unroll 1
     for (int k = 0; k < terms.count; ++k) {
 #pragma unroll 1
       for (int at = 0; at < To::outputs; ++at) {
-        const int i = at / side, j = at % side;
-        const float x = terms.a[k * To::tile + To::run(i)] * left, y = terms.b[k * To::tile + To::run(j)] * right;
+        const int i = at / width, j = at % width;
+        const float x = terms.a[k * in_.share.row_step() + To::row_at(i)] * left;
+        const float y = terms.b[k * in_.share.column_step() + To::column_at(j)] * right;
         const Term<Float32> term = in_.plan.products(as_bits(x), as_bits(y));
         const uint32_t word = in_.plan.level[0].random ? in_.words(in_.share.output(i, j), terms.first + k) : 0;
         values[at] = round_sum(in_.plan, 0, added_ + k == 0, values[at], term, word);
@@ -723,7 +744,7 @@ class TileSums {
 #pragma unroll
     for (int i = 0; i < To::outputs; ++i) {
       if (values[i] != values[i]) nan_ |= uint64_t{1} << i;
-      s_[i / side][i % side] = values[i] != values[i] ? 0.0f : values[i] * of.scale_a * of.scale_b;
+      s_[i / width][i % width] = values[i] != values[i] ? 0.0f : values[i] * of.scale_a * of.scale_b;
     }
     most_ = as_float(Float32::infinity);
   }
@@ -733,7 +754,7 @@ class TileSums {
     if (upper_.single()) {
       const bool first = upper_.begins();
 #pragma unroll
-      for (int at = 0; at < To::outputs; ++at) upper_.add_single(at, value(at / side, at % side), first);
+      for (int at = 0; at < To::outputs; ++at) upper_.add_single(at, value(at / width, at % width), first);
     } else {
       Values values;
       read(values);
@@ -802,7 +823,7 @@ template <class To>
 LOWPREC_DEVICE void write_values(const To& share, const typename To::Values& values, float* out) {
 #pragma unroll
   for (int at = 0; at < To::outputs; ++at) {
-    const int i = at / To::side, j = at % To::side;
+    const int i = at / To::width, j = at % To::width;
     if (share.run(i) < share.left_rows && share.run(j) < share.left_columns) out[share.output(i, j)] = values[at];
   }
 }
@@ -822,7 +843,7 @@ __global__ void __launch_bounds__(kTileThreads, Ways::blocks)
 
   const To share = share_of<To>(of, at);
   const SumWords words = draws.read(plan.tree.roundings);
-  const Context<To> in{of, plan, words, share};
+  const Context<To> in{of, plan, plan.tree, words, share};
   UpperSums<To> upper(in, tower);
   TileSums<Ways> sums(ways, in, upper);
 
