@@ -97,8 +97,8 @@ struct OperandForm {
 };
 
 Element element_of(ScalarType dtype) {
-  return dtype == ScalarType::Double ? Element::float64
-         : dtype == ScalarType::Half ? Element::float16
+  return dtype == ScalarType::Double     ? Element::float64
+         : dtype == ScalarType::Half     ? Element::float16
          : dtype == ScalarType::BFloat16 ? Element::bfloat16
                                          : Element::float32;
 }
@@ -121,8 +121,15 @@ void prepare(const SparseOperand& from, const OperandForm& form, const float* ga
   const Format format = from.format.value_or(Format{4, 3, 7, Specials::fn, true});
   const auto how = [&](auto container) {
     using C = decltype(container);
-    return Preparation<C>{operand,   from.format.has_value(), Decode<uint8_t, C>(format), form.kind,   form.form,
-                          Gates{gate}, x.size(0),               x.size(1),                  to.stride(0)};
+    return Preparation<C>{operand,
+                          from.format.has_value(),
+                          Decode<uint8_t, C>(format),
+                          form.kind,
+                          form.form,
+                          Gates{gate},
+                          x.size(0),
+                          x.size(1),
+                          to.stride(0)};
   };
   void* out = to.mutable_data_ptr();
   const cudaStream_t stream = current_stream(x);
@@ -228,9 +235,9 @@ Request request_of(const Tensor& x, const Ints& accumulator, const MaybeTensor& 
   const bool is_double = kind == ValueKind::float64;
   is_double ? check_within(spec, Float64{}) : check_within(spec, Float32{});
   const Source source(seed, offset, 32);
-  const bool native =
-      spec.leaf == Leaf::hopper_fp8 && !gated && native_kind(left.format) && native_kind(right.format);
+  const bool native = spec.leaf == Leaf::hopper_fp8 && !gated && native_kind(left.format) && native_kind(right.format);
   Request call{spec, {device_word(x, source.seed), device_word(x, source.offset)}, kind, native};
+  STD_TORCH_CHECK(spec.leaf != Leaf::tensor_core, "tensor_core leaves of block-sparse products have no kernel");
   STD_TORCH_CHECK(!call.is_hopper() || !is_double, "the model of Hopper's tensor cores takes no float64");
   const int step = spec.leaf == Leaf::hopper_fp8 ? HopperFp8::step : HopperFp16::step;
   STD_TORCH_CHECK(!call.is_hopper() || spec.terms % step == 0, "a leaf must take a multiple of ", step, " terms");
@@ -265,8 +272,14 @@ struct Product {
 
   template <class Bits>
   SparseProduct<Bits> of() const {
-    return {features_of<Bits>(x, first), static_cast<const Bits*>(weights.const_data_ptr()), table, Gates{gate}, block,
-            transpose,                   first,                                              x.size(first)};
+    return {features_of<Bits>(x, first),
+            static_cast<const Bits*>(weights.const_data_ptr()),
+            table,
+            Gates{gate},
+            block,
+            transpose,
+            first,
+            x.size(first)};
   }
 };
 
@@ -353,8 +366,8 @@ struct Update {
 
   template <class Bits>
   SparseUpdate<Bits> of() const {
-    return {features_of<Bits>(x, first), features_of<Bits>(dy, first), table, Gates{gate}, blocks, block,
-            x.size(first)};
+    return {
+        features_of<Bits>(x, first), features_of<Bits>(dy, first), table, Gates{gate}, blocks, block, x.size(first)};
   }
 };
 
@@ -363,8 +376,9 @@ void launch_single(const SingleUpdate& update, float* out, cudaStream_t stream) 
   const UpdateShape shape(update.of.block);
   const int shared = kStages * SingleUpdates<kFirst>::stage_floats(update.of.block) * static_cast<int>(sizeof(float));
   check_cuda(cudaFuncSetAttribute(single_update_kernel<kFirst>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  single_update_kernel<kFirst><<<grid_size((update.of.blocks + shape.weights - 1) / shape.weights), shape.threads,
-                                 shared, stream>>>(update, out);
+  single_update_kernel<kFirst>
+      <<<grid_size((update.of.blocks + shape.weights - 1) / shape.weights), shape.threads, shared, stream>>>(update,
+                                                                                                             out);
 }
 
 void sum_single(const Update& update, const Tensor& out) {

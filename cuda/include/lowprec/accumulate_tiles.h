@@ -22,8 +22,8 @@ constexpr int kTileSize = kTile * kDepth;
 struct TileNotes {
   uint32_t largest;  // bits of the largest magnitude
   uint32_t digits;   // all their significands, or-ed: digits after the last one set are zero in each
-  uint32_t odd;      // whether scaling is not exact, or an element not finite: the tile is not scaled then; 2 more where
-                     // that holds for another tile of the warp
+  uint32_t odd;  // whether scaling is not exact, or an element not finite: the tile is not scaled then; 2 more where
+                 // that holds for another tile of the warp
   uint32_t unused;
 };
 
@@ -268,8 +268,7 @@ struct SingleWays {
 
   QuickRound to;
 
-  LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>& in, const State&, float&,
-                          typename To::Sums& s) const {
+  LOWPREC_DEVICE bool add(const Terms& terms, const Context<To>& in, const State&, float&, typename To::Sums& s) const {
     add_rows(SingleWay<To::width>(), terms, in.share, s);
     return true;
   }
@@ -293,7 +292,8 @@ struct NearestWays {
     const int digits = digits_of(a) + digits_of(b);
     const bool near = __fmul_ru(as_float(a.largest), as_float(b.largest)) <= rules.near;
     if (!rules.within(a, b, most, [&] { return largest_of(s); })) {
-      to.saturates ? add_rows(LimitedWay<width, true>(to), terms, in.share, s) : add_rows(LimitedWay<width, false>(to), terms, in.share, s);
+      to.saturates ? add_rows(LimitedWay<width, true>(to), terms, in.share, s)
+                   : add_rows(LimitedWay<width, false>(to), terms, in.share, s);
     } else if (digits <= rules.narrow || (digits <= rules.narrow_near && near)) {
       add_rows(NarrowWay<width>(to), terms, in.share, s);
     } else if (digits >= rules.rare) {

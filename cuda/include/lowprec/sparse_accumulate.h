@@ -1,5 +1,5 @@
-// Block-sparse products under an accumulator: which terms an output has, as the layout's tables say. The terms are those
-// of the blocks that are present, in ascending order of the feature that is summed over; an update's go by token.
+// Block-sparse products under an accumulator: which terms an output has, as the layout's tables say. The terms are
+// those of the blocks that are present, in ascending order of the feature that is summed over; an update's go by token.
 //
 // Operands are in one form here: values of a carrier, or what a leaf takes in their place.
 #pragma once

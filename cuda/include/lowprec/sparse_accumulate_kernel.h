@@ -85,8 +85,7 @@ __global__ void __launch_bounds__(kSumThreads)
     const int64_t size = levels.spec.terms, leaves = leaves_of(levels.spec, terms.count());
     const Tree tree(levels.spec, leaves);
     const int64_t count = plan.leaf == Leaf::exact ? terms.count() : leaves;
-    const uint64_t bits =
-        plan.sum(tree, words, o, count, [&](int64_t n) { return value_at<C>(plan, terms, size, n); });
+    const uint64_t bits = plan.sum(tree, words, o, count, [&](int64_t n) { return value_at<C>(plan, terms, size, n); });
     const auto sum = bit_cast<NumberOf<C>>(static_cast<typename C::Bits>(bits));
     out[o] = bit_cast<typename C::Bits>(of.close(o, sum));
   }

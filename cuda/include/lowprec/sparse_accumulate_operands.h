@@ -15,8 +15,8 @@ namespace lowprec {
 /// What an element becomes.
 enum class Form : int { carrier, half, bfloat, hopper_fp8, hopper_fp16 };
 
-/// The dtype of values, which gates are rounded to and in which they multiply; `e4m3` and `e5m2` stay codes, and have no
-/// gates.
+/// The dtype of values, which gates are rounded to and in which they multiply; `e4m3` and `e5m2` stay codes, and have
+/// no gates.
 enum class ValueKind : int { float64, float32, float16, bfloat16, e4m3, e5m2 };
 
 /// A matrix of elements, and what to make of them.
@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(kPrepareWidth* kPrepareHeight)
       const int64_t place = row * how.from.stride[1] + column * how.from.stride[2];
       typename C::Bits bits = 0;
       if (!closed) {
-        bits = how.codes ? decoded[static_cast<const uint8_t*>(how.from.data)[place]] : how.from.template read<C>(place);
+        bits =
+            how.codes ? decoded[static_cast<const uint8_t*>(how.from.data)[place]] : how.from.template read<C>(place);
         if (how.gates.gate) bits = multiply_by_gate<C>(how.values, bits, how.gates.gate[row]);
       }
       out[row * how.pitch + column] = formed<To>(how, bits);

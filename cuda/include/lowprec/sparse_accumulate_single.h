@@ -12,10 +12,10 @@
 
 namespace lowprec {
 
-constexpr int kStageTerms = 8;              // terms of a stage in shared memory
-constexpr int kStages = 3;                  // that are there at once
+constexpr int kStageTerms = 8;               // terms of a stage in shared memory
+constexpr int kStages = 3;                   // that are there at once
 constexpr int kLinePitch = kStageTerms + 4;  // floats of a line's terms: eight lines then lie in different banks
-constexpr int kRight = 8;                   // right lines of a thread
+constexpr int kRight = 8;                    // right lines of a thread
 
 /// Copy up to 16 bytes into shared memory, zeros after the first so many. Both places are multiples of 16 bytes.
 LOWPREC_DEVICE void copy_some(float* to, const float* from, int bytes) {
@@ -163,8 +163,8 @@ class SingleColumn {
     if (stage < stages_) {
       const int part = stage % parts_ * kStageTerms;
       copy_tokens(at(stage), pair_.input * of_.block + part);
-      copy_weights(at(stage) + kLeftFloats,
-                   of_.weights + static_cast<int64_t>(pair_.weight) * of_.block * of_.block, part);
+      copy_weights(at(stage) + kLeftFloats, of_.weights + static_cast<int64_t>(pair_.weight) * of_.block * of_.block,
+                   part);
       if (part + kStageTerms == of_.block && stage + 1 < stages_) look_up();
     }
     end_stage_copies();
@@ -178,7 +178,8 @@ class SingleColumn {
       const int64_t token = token_ + (kFirst ? piece : line);
       const int64_t left = of_.tokens - token;
       const int bytes = closed_ ? 0 : kFirst ? bytes_left(left) : left > 0 ? 16 : 0;
-      const int64_t place = kFirst ? (feature + line) * product_.pitch + token : token * product_.pitch + feature + piece;
+      const int64_t place =
+          kFirst ? (feature + line) * product_.pitch + token : token * product_.pitch + feature + piece;
       copy_some(to + line * (kFirst ? kTokens : kLinePitch) + piece, of_.x.data + (bytes ? place : 0), bytes);
     }
   }
@@ -196,8 +197,8 @@ class SingleColumn {
   const SparseProduct<float>& of_;
   int64_t token_;
   float* room_;
-  int parts_;   // stages of a block
-  int next_;    // pair to look up
+  int parts_;  // stages of a block
+  int next_;   // pair to look up
   int stages_;
   BlockPair pair_;  // of the next stage to be fetched
   bool closed_;
@@ -206,7 +207,8 @@ class SingleColumn {
 };
 
 template <int kLeft, bool kFirst, bool kTranspose>
-__global__ void __launch_bounds__(256) single_product_kernel(const __grid_constant__ SingleProduct product, float* out) {
+__global__ void __launch_bounds__(256)
+    single_product_kernel(const __grid_constant__ SingleProduct product, float* out) {
   extern __shared__ float4 shared[];
   const SparseProduct<float>& of = product.of;
   using Column = SingleColumn<kLeft, kFirst, kTranspose>;
@@ -258,9 +260,9 @@ constexpr int kMostWeights = 32;
 
 /// Which weights a block of threads has, and their blocks of x and dy.
 struct UpdateWeights {
-  int inputs[kMostWeights];   // each once, where neighbours have the same
+  int inputs[kMostWeights];  // each once, where neighbours have the same
   int outputs[kMostWeights];
-  int slot[kMostWeights];     // of inputs
+  int slot[kMostWeights];  // of inputs
   int slots;
 
   LOWPREC_DEVICE void load(const SparseUpdate<float>& of, int64_t first, int count) {
