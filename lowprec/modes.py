@@ -34,6 +34,9 @@ def announced(function: Callable[P, T]) -> Callable[P, T]:
 
 def narrowed(x: Tensor) -> Tensor:
     """As autocast would hand it to a product."""
-    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    return x.to(torch.get_autocast_dtype(x.device.type)) if is_narrowed(x) else x
+
+
+def is_narrowed(x: Tensor) -> bool:
+    """Whether autocast is on where a tensor is, and casts tensors of its dtype."""
+    return x.device.type != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)

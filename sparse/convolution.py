@@ -108,8 +108,9 @@ class Conv2d(Linear):
         if x.dim() != 4:
             layout = "[C, N, H, W]" if self.features == "first" else "[N, H, W, C]"
             raise ValueError(f"x must be images {layout}, got shape {tuple(x.shape)}")
-        self._check(x)
-        return super().forward(self._sampled(x) if self.spatial is None else self._convolved(x, self.spatial))
+        self._require_inputs(x)
+        spatial = self.spatial  # once: it may be computed
+        return super().forward(self._sampled(x) if spatial is None else self._convolved(x, spatial))
 
     def _convolved(self, x: Tensor, spatial: Tensor) -> Tensor:
         """The spatial convolution, on a view in torch's order [N, C, H, W]."""

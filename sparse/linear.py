@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from lowprec.accumulate import AccumulatorLike
 from lowprec.accumulator import Accumulator
 from lowprec.blocksparse import Tables, matmul
+from lowprec.modes import is_narrowed
 from lowprec.sparse.layout import BlockLayout
 
 Features = Literal["last", "first"]
@@ -98,21 +99,22 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs], or with features first [inputs, ...] -> [outputs, ...]."""
-        self._check(x)
+        weight = self.weight  # once: it may be computed
+        self._require_inputs(x)
+        if x.dtype != weight.dtype and not (is_narrowed(x) and is_narrowed(weight)):
+            raise TypeError(f"x must be {weight.dtype} like the weight, got {x.dtype}")
         tables = self._tables if self._tables.fprop.device == x.device else self.layout.tables(x.device)
         gate = None if self.gate is None else self.gate.float()
         first, sums = self.features == "first", self.accumulator
-        return matmul(x, self.weight, gate, tables, bias=self.bias, first=first, accumulator=sums)
+        return matmul(x, weight, gate, tables, bias=self.bias, first=first, accumulator=sums)
 
-    def _check(self, x: Tensor) -> None:
+    def _require_inputs(self, x: Tensor) -> None:
         axis, other = (0, "last") if self.features == "first" else (-1, "first")
         if x.dim() < 1 or x.shape[axis] != self.inputs:
             wanted = f"[{self.inputs}, ...]" if axis == 0 else f"[..., {self.inputs}]"
             there = x.dim() > 1 and x.shape[-1 - axis] == self.inputs
             hint = f"; for these there is features={other!r}" if there else ""
             raise ValueError(f"x must be {wanted} (features={self.features!r}), got shape {tuple(x.shape)}{hint}")
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x must be {self.weight.dtype} like the weight, got {x.dtype}")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

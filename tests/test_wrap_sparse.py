@@ -351,6 +351,25 @@ def test_tiles_may_be_as_long_as_they_like_along_tokens() -> None:
         assert torch.equal(layer(x), lp.unwrap(layer)(rounded))
 
 
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("policy", [lp.Policy("bfp24/8", "bfp24/8", "bfp24/8"), lp.Policy(accumulator="fp32")])
+def test_gradients_of_gradients(features: Any, policy: lp.Policy) -> None:
+    layer = Linear(layout_of(), features=features, gate=True)
+    layer.gate.data.uniform_(0.5, 2)
+    x, dy = case(layer)
+
+    def second(layer: nn.Module) -> list[Tensor]:
+        first = torch.autograd.grad(
+            layer(x), [x, layer.weight, layer.gate], torch.tanh(layer(x) * dy), create_graph=True
+        )
+        total = sum(grad.square().sum() for grad in first)
+        return list(torch.autograd.grad(total, [x, layer.weight, layer.gate]))
+
+    plain = second(layer)
+    for ours, theirs in zip(second(lp.wrap(layer, policy)), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 # Modules, compiled and trained.
 
 
