@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lowprec.formats import BlockFormat, FloatFormat
 
 app = typer.Typer(
@@ -157,6 +159,50 @@ def _save_picture(chosen: dict[str, FloatFormat | BlockFormat], png: Path) -> No
     elements = {name: fmt.element if isinstance(fmt, BlockFormat) else fmt for name, fmt in chosen.items()}
     try:
         chart.draw_formats(elements, png)
+    except OSError as error:
+        _fail(f"the picture cannot be saved: {_reason(error)}", 1)
+
+
+@app.command()
+def patterns(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Names, or NAME:key=value[,...].", show_default="all")
+    ] = None,
+    inputs: Annotated[int, typer.Option(help="Input blocks.")] = 64,
+    outputs: Annotated[int | None, typer.Option(help="Output blocks.", show_default="as many")] = None,
+    density: Annotated[float, typer.Option(help="Share of the blocks that are present.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the patterns that are random.")] = 0,
+    steps: Annotated[int, typer.Option(help="How far mixing is followed.")] = 5,
+    png: Annotated[Path | None, typer.Option(help="Save a picture of the masks and their mixing, as PNG.")] = None,
+) -> None:
+    """Compare patterns of block-sparse layers: blocks, connections of neurons, and how fast a signal spreads."""
+    from lowprec.sparse import patterns as known
+    from lowprec.sparse.patterns.listing import listing
+
+    try:
+        chosen = dict.fromkeys(names or known.NAMES)
+        masks = {name: _mask(name, inputs, outputs or inputs, density, seed) for name in chosen}
+        console = _console()
+        console.print(listing(masks, steps))
+    except ValueError as error:
+        _fail(str(error))
+    if png is not None:
+        _save_patterns(masks, steps, png)
+        typer.echo(f"picture: {png}")
+
+
+def _mask(name: str, inputs: int, outputs: int, density: float, seed: int) -> Tensor:
+    from lowprec.sparse import patterns as known
+
+    fixed = name == "dense" or "groups=" in name
+    return known.build(name, inputs, outputs, None if fixed else density, seed)
+
+
+def _save_patterns(masks: dict[str, Tensor], steps: int, png: Path) -> None:
+    from lowprec.sparse.patterns.picture import draw_patterns
+
+    try:
+        draw_patterns(masks, png, steps=steps)
     except OSError as error:
         _fail(f"the picture cannot be saved: {_reason(error)}", 1)
 
