@@ -124,6 +124,11 @@ class LowPrecision(torch.optim.Optimizer):
         found = {slot.parameter: states[slot.carried] for slot in self._slots if slot.carried in states}
         return defaultdict(dict, found)
 
+    @property
+    def masters(self) -> dict[Tensor, Tensor]:
+        """What the wrapped optimizer updates in a parameter's place, by parameter; none that is its own master."""
+        return {slot.parameter: slot.carried for slot in self._slots if slot.separate}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, after those that are there; their weights are rounded."""
         self.optimizer.add_param_group(param_group)

@@ -8,15 +8,21 @@ from lowprec.sparse.linear import Linear
 from lowprec.sparse.norms import BatchNorm, LayerNorm, weight_norm
 from lowprec.sparse.ops import input_grad, matmul, weight_grad
 from lowprec.sparse.recurrent import LSTM, MLSTM
+from lowprec.sparse.rewiring import Rewired, Rewiring
+from lowprec.sparse.sparsify import ChannelsLast, SparsityReport, report, sparsify
 
 __all__ = [
     "LSTM",
     "MLSTM",
     "BatchNorm",
     "BlockLayout",
+    "ChannelsLast",
     "Conv2d",
     "LayerNorm",
     "Linear",
+    "Rewired",
+    "Rewiring",
+    "SparsityReport",
     "absent_scores",
     "carry",
     "from_cn",
@@ -25,6 +31,8 @@ __all__ = [
     "matmul",
     "patterns",
     "prune",
+    "report",
+    "sparsify",
     "to_cn",
     "weight_grad",
     "weight_norm",

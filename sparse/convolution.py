@@ -109,8 +109,12 @@ class Conv2d(Linear):
             layout = "[C, N, H, W]" if self.features == "first" else "[N, H, W, C]"
             raise ValueError(f"x must be images {layout}, got shape {tuple(x.shape)}")
         self._require_inputs(x)
+        return super().forward(self.product_input(x))
+
+    def product_input(self, x: Tensor) -> Tensor:
+        """What the block-sparse product reads: the images after the spatial convolution."""
         spatial = self.spatial  # once: it may be computed
-        return super().forward(self._sampled(x) if spatial is None else self._convolved(x, spatial))
+        return self._sampled(x) if spatial is None else self._convolved(x, spatial)
 
     def _convolved(self, x: Tensor, spatial: Tensor) -> Tensor:
         """The spatial convolution, on a view in torch's order [N, C, H, W]."""

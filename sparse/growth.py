@@ -114,16 +114,17 @@ def absent_scores(
     return scores.masked_fill(layout.mask.to(scores.device), -torch.inf)
 
 
-def carry(x: Tensor, before: BlockLayout, after: BlockLayout) -> Tensor:
+def carry(x: Tensor, before: BlockLayout, after: BlockLayout, *, fill: float = 0.0) -> Tensor:
     """What belongs to the blocks of one layout, as another has them: weights, optimizer states, averages, gates.
 
     Args:
         x: [blocks, ...] of `before`.
         before: a layout.
         after: another of the same shape.
+        fill: what new blocks have.
 
     Returns:
-        [blocks, ...] of `after`: blocks of both keep what they have, and new ones have zeros.
+        [blocks, ...] of `after`: blocks of both keep what they have.
 
     Raises:
         TypeError: for what are no layouts.
@@ -137,12 +138,12 @@ def carry(x: Tensor, before: BlockLayout, after: BlockLayout) -> Tensor:
     if x.dim() == 0 or len(x) != before.blocks:
         raise ValueError(f"x must have {before.blocks} blocks in its first dimension, got shape {tuple(x.shape)}")
     if not before.blocks:
-        return x.new_zeros(after.blocks, *x.shape[1:])
+        return x.new_full((after.blocks, *x.shape[1:]), fill)
     found = torch.full((before.mask.numel(),), -1, device=before.mask.device)
     found[_positions(before)] = torch.arange(before.blocks, device=found.device)
     source = found[_positions(after).to(found.device)].to(x.device)
     carried = x.index_select(0, source.clamp(min=0))
-    return torch.where((source >= 0).view(-1, *[1] * (x.dim() - 1)), carried, torch.zeros_like(carried))
+    return torch.where((source >= 0).view(-1, *[1] * (x.dim() - 1)), carried, torch.full_like(carried, fill))
 
 
 # What is strong.

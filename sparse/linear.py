@@ -108,6 +108,10 @@ class Linear(nn.Module):
         first, sums = self.features == "first", self.accumulator
         return matmul(x, weight, gate, tables, bias=self.bias, first=first, accumulator=sums)
 
+    def product_input(self, x: Tensor) -> Tensor:
+        """What the block-sparse product reads, of the layer's input."""
+        return x
+
     def _require_inputs(self, x: Tensor) -> None:
         axis, other = (0, "last") if self.features == "first" else (-1, "first")
         if x.dim() < 1 or x.shape[axis] != self.inputs:

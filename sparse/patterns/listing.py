@@ -17,7 +17,7 @@ def listing(masks: Mapping[str, Tensor], steps: int) -> Table:
     table.add_column("pattern", overflow="fold", min_width=17)
     for name in ("blocks", "density", "fan-out", "fan-in"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(f"% reached in 1..{steps} steps" if steps else "", no_wrap=True)
+    table.add_column(f"% by step 1..{steps}" if steps else "", no_wrap=True)
     for name, mask in masks.items():
         square = mask.shape[0] == mask.shape[1]
         reached = " ".join(f"{100 * share:3.0f}" for share in mixing(mask, steps)) if square else "not square"
