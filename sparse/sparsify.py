@@ -138,7 +138,7 @@ def sparsify(
     _require(model, block, init)
     whole("seed", seed, least=0)
     choose = _Choice(_paths("only", only, model), _paths("skip", skip, model), block, _owners(model))
-    layers = {path: module for path, module in model.named_modules() if _has_matrix(module)}
+    layers = {path: module for path, module in model.named_modules() if _is_layer(path, module)}
     left = {path: each for path, module in layers.items() if (each := choose.left(path, module)) is not None}
     chosen = {path: module for path, module in layers.items() if path not in left}
     if not chosen:
@@ -219,10 +219,11 @@ def _undivided(module: nn.Module, block: int) -> str | None:
     return f"{' and '.join(wrong)}: no multiple of {block}" if wrong else None
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    """Whether a module has a weight of its own that is more than a vector, sparse layers apart."""
+def _is_layer(path: str, module: nn.Module) -> bool:
+    """Whether a module has a weight of its own that is more than a vector, or computes one; sparse layers apart."""
     own = any(parameter is not None and parameter.dim() > 1 for parameter in module._parameters.values())
-    return (own or isinstance(module, nn.Linear | nn.Conv2d)) and not isinstance(module, Linear)
+    matrix = (own or isinstance(module, nn.Linear | nn.Conv2d)) and not isinstance(module, Linear)
+    return matrix and "parametrizations" not in path.split(".")
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
