@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from signal import SIG_BLOCK, SIG_UNBLOCK, SIGINT, pthread_sigmask
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from rich.console import Console
@@ -40,6 +40,19 @@ def device_of(wanted: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
+class HowToRun(Protocol):
+    """The settings of a study that say how it is run; `options` describes each."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def cells(self) -> tuple[str, ...]: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def minutes(self) -> float: ...
+
+
 class Part(NamedTuple):
     """One part of a study.
 
@@ -59,6 +72,42 @@ class Part(NamedTuple):
     def last(self) -> record.Json:
         """The latest line of metrics."""
         return (record.lines(self.folder / "metrics.jsonl") or [{"update": 0}])[-1]
+
+
+def run_all(parts: Sequence[Part], config: HowToRun, console: Console, noun: str, fresh: bool = False) -> bool:
+    """Run the parts that a study's settings choose; whether all are done now, after saying where the others are.
+
+    Args:
+        parts: of the study, named in `config.cells` where not all are to be run.
+        config: device, workers, minutes and cells.
+        console: where the progress is shown.
+        noun: what parts are called.
+        fresh: whether each part has a process of its own.
+
+    Raises:
+        KeyboardInterrupt, ChildProcessError, OSError, ValueError: as `run`.
+    """
+    chosen = [part for part in parts if not config.cells or part.name in config.cells]
+    most = 1 if config.device == "cuda" else len(os.sched_getaffinity(0))
+    workers = config.workers or max(1, min(most, len(chosen)))
+    try:
+        run(chosen, workers, config.minutes, console, fresh)
+    except KeyboardInterrupt:
+        _say_where(parts, console, noun)
+        raise
+    done = all(part.done for part in parts)
+    if not done:
+        _say_where(parts, console, noun)
+    return done
+
+
+def _say_where(parts: Sequence[Part], console: Console, noun: str) -> None:
+    """One line for each part that is not done."""
+    console.print(f"{sum(part.done for part in parts)} of {len(parts)} {noun} are done; saved of the others:")
+    for part in parts:
+        if not part.done:
+            console.print(f"  {part.name}: update {part.last()['update']} of {part.total}")
+    console.print("go on with --resume")
 
 
 def run(parts: Sequence[Part], workers: int, minutes: float, console: Console, fresh: bool = False) -> None:
@@ -179,5 +228,10 @@ def _show(progress: Progress, task: TaskID, part: Part) -> None:
     line = part.last()
     if line["update"] and not progress.tasks[task].started:
         progress.start_task(task)
-    state = f"{line['bpc']:.3f} bpc  {line['speed']:,.0f} char/s" if "bpc" in line else ""
-    progress.update(task, completed=line["update"], state=state)
+    progress.update(task, completed=line["update"], state=_state(line))
+
+
+def _state(line: record.Json) -> str:
+    if "bpc" in line:
+        return f"{line['bpc']:.3f} bpc  {line['speed']:,.0f} char/s"
+    return f"{line['loss']:.3f} bits  {line['speed']:,.0f} rows/s" if "loss" in line else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,20 +42,12 @@ def run(config: Config, folder: Path) -> None:
     """Run the parts that are not done, then write the results; shows both on the terminal."""
     console = Console(highlight=False)
     parts = _parts(config, folder)
-    chosen = [part for part in parts if not config.cells or part.name in config.cells]
-    try:
-        engine.run(chosen, _workers(config, chosen), config.minutes, console, fresh=config.device == "cuda")
-    except KeyboardInterrupt:
-        _say_where(parts, console)
-        raise
-    if all(part.done for part in parts):
+    if engine.run_all(parts, config, console, "parts", fresh=config.device == "cuda"):
         from lowprec.studies.accumulation import report  # not needed, and slow to load, in the processes of the parts
 
         measured = [part.folder for part in parts if _is_sum(part)]
         trained = [part.folder for part in parts if not _is_sum(part)]
         report.write(config, measured, trained, folder, console)
-    else:
-        _say_where(parts, console)
 
 
 def _parts(config: Config, folder: Path) -> list[engine.Part]:
@@ -83,17 +74,3 @@ def _parts(config: Config, folder: Path) -> list[engine.Part]:
 
 def _is_sum(part: engine.Part) -> bool:
     return part.name.startswith("sums-")
-
-
-def _workers(config: Config, parts: list[engine.Part]) -> int:
-    most = 1 if config.device == "cuda" else len(os.sched_getaffinity(0))
-    return config.workers or max(1, min(most, len(parts)))
-
-
-def _say_where(parts: list[engine.Part], console: Console) -> None:
-    """One line for each part that is not done."""
-    console.print(f"{sum(part.done for part in parts)} of {len(parts)} parts are done; saved of the others:")
-    for part in parts:
-        if not part.done:
-            console.print(f"  {part.name}: update {part.last()['update']} of {part.total}")
-    console.print("go on with --resume")

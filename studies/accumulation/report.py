@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from lowprec.studies import record
 from lowprec.studies.accumulation.config import FULL, Config
 from lowprec.studies.accumulation.picture import draw_sums, draw_training
-from lowprec.studies.accumulation.summary import Curve, Summary, as_json, findings, mean, text
-from lowprec.studies.regression import Interval
+from lowprec.studies.accumulation.summary import Curve, Summary, as_json, findings
+from lowprec.studies.intervals import mean, plus_minus, text
+from lowprec.studies.page import circumstances, markdown, table
 
 GROWTH = ("terms", "situation", "shape", "exponent of depth", "law", "error / law", "per doubling", "law's")
 TRAINED = ("accumulator", "test", "more than fp32", "chars/s")
@@ -42,20 +40,11 @@ def show(summary: Summary, console: Console) -> None:
     if summary.sums:
         shown = [0, 1, 2, 3, 4]  # 80 characters are enough
         heads, rows = [GROWTH[i] for i in shown], [[row[i] for i in shown] for row in growth_rows(summary)]
-        console.print(_table("How errors grow with depth", heads, rows))
+        console.print(table("How errors grow with depth", heads, rows, left=3))
     if summary.cells:
-        console.print(_table("Bits per character", TRAINED, trained_rows(summary)))
+        console.print(table("Bits per character", TRAINED, trained_rows(summary)))
     for line in findings(summary):
         console.print(f"- {line}")
-
-
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for name in heads:
-        table.add_column(name, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def growth_rows(summary: Summary) -> list[tuple[str, ...]]:
@@ -90,17 +79,12 @@ def trained_rows(summary: Summary) -> list[tuple[str, ...]]:
     return [
         (
             cell["accumulator"],
-            _plus_minus(mean(cell["test"])),
-            "" if cell["accumulator"] == FULL else _plus_minus(summary.lost(cell), "+"),
+            plus_minus(mean(cell["test"])),
+            "" if cell["accumulator"] == FULL else plus_minus(summary.lost(cell), "+.4f"),
             f"{cell['speed']:,}",
         )
         for cell in summary.cells
     ]
-
-
-def _plus_minus(interval: Interval, sign: str = "") -> str:
-    margin = f" ± {interval.high - interval.estimate:.4f}" if interval.bounded else ""
-    return f"{interval.estimate:{sign}.4f}{margin}"
 
 
 def _csv(summary: Summary) -> str:
@@ -116,19 +100,16 @@ def _csv(summary: Summary) -> str:
 
 
 def _readme(summary: Summary, saved: record.Json) -> str:
-    devices = dict.fromkeys(
-        [*(part["device"] for part in summary.sums), *(name for cell in summary.cells for name in cell["devices"])]
-    )
+    devices = [
+        *(part["device"] for part in summary.sums),
+        *(name for cell in summary.cells for name in cell["devices"]),
+    ]
     lines = ["# Accumulation: what a sum loses", "", "How does a sum's error grow with its length, in what order?", ""]
     lines += _about_sums(summary) if summary.sums else []
     lines += _about_training(summary) if summary.cells else []
     lines += ["## Conclusions", "", *(f"- {line}" for line in findings(summary)), ""]
     lines += ["## How", "", "Method: studies/accumulation/README.md; theory: docs/accumulate-theory.md.", ""]
-    settings = ", ".join(
-        f"{key}={_word(value)}" for key, value in saved["config"].items() if key not in ("data", "sha256")
-    )
-    lines += [f"- device: {'; '.join(devices)}", f"- commit: {saved['commit'] or 'not in a checkout'}"]
-    lines += [f"- lowprec {saved['lowprec']}", f"- settings: {settings}", ""]
+    lines += [*circumstances(saved, devices), ""]
     lines += ["Files: `results.csv` (a line for each draw and seed), `results.json` (what follows), `config.json`."]
     return "\n".join(lines) + "\n"
 
@@ -137,7 +118,7 @@ def _about_sums(summary: Summary) -> list[str]:
     return [
         "![error of sums over their length](accumulation.png)",
         "",
-        *_markdown(GROWTH, growth_rows(summary)),
+        *markdown(GROWTH, growth_rows(summary)),
         "",
         "Errors are root mean squares over the sums of a draw, relative to Σ|t| (terms of one sign) or √Σt² (mean 0).",
         "*Exponent of depth*: a in error ~ depth^a, where depth is K for sequential sums and 1 + log2 K for pairwise",
@@ -156,17 +137,8 @@ def _about_training(summary: Summary) -> list[str]:
         "",
         "![bits per character lost over mantissa bits](training.png)",
         "",
-        *_markdown(TRAINED, trained_rows(summary)),
+        *markdown(TRAINED, trained_rows(summary)),
         "",
         "Means over seeds with 95% intervals; differences are of equal seeds, which see the same text and begin alike.",
         "",
     ]
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
-
-
-def _word(value: object) -> str:
-    """A setting as it is typed."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

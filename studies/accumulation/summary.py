@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf, isfinite, log, log2, sqrt
+from math import log, log2, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +13,9 @@ import numpy as np
 from lowprec.rounding import Rounding
 from lowprec.studies.accumulation.config import FULL, Config
 from lowprec.studies.accumulation.theory import SITUATIONS, Moments, Situation, law
+from lowprec.studies.intervals import mean, plain, text
 from lowprec.studies.record import Json
-from lowprec.studies.regression import Interval, t_quantile
+from lowprec.studies.regression import Interval
 
 
 class Curve(NamedTuple):
@@ -129,15 +130,6 @@ def by_name(name: str) -> Situation:
     return next(situation for situation in SITUATIONS if situation.name == name)
 
 
-def mean(values: Sequence[float]) -> Interval:
-    """The mean with its 95% interval by the t distribution; unbounded for one value."""
-    estimate = sum(values) / len(values)
-    if len(values) < 2:
-        return Interval(estimate, -inf, inf)
-    margin = t_quantile(0.95, len(values) - 1) * float(np.std(values, ddof=1)) / sqrt(len(values))
-    return Interval(estimate, estimate - margin, estimate + margin)
-
-
 def _has_slope(rows: list[Json]) -> bool:
     return any(len({row["K"] for row in rows if row["bits"] == bits}) > 1 for bits in {row["bits"] for row in rows})
 
@@ -201,15 +193,6 @@ def _order(summary: Summary, bits: int) -> str:
     return f"In training, m = {bits}, sequential less pairwise: {text(gained, '+.4f')} bits per character; {verdict}."
 
 
-def text(interval: Interval | None, form: str) -> str:
-    """An estimate with its 95% interval in brackets."""
-    if interval is None:
-        return "–"
-    if not interval.bounded:
-        return f"{interval.estimate:{form}} [95%: unbounded]"
-    return f"{interval.estimate:{form}} [95%: {interval.low:{form}} to {interval.high:{form}}]"
-
-
 # On disk.
 
 
@@ -220,17 +203,11 @@ def as_json(summary: Summary) -> Json:
             "terms": curve.terms,
             "situation": curve.situation.name,
             "shape": curve.shape,
-            **{name: _plain(getattr(curve, name)) for name in ("exponent", "ratio", "step")},
+            **{name: plain(getattr(curve, name)) for name in ("exponent", "ratio", "step")},
             "expected": curve.expected,
             "expected_step": curve.expected_step,
         }
         for curve in summary.curves
     ]
-    lost = {cell["accumulator"]: _plain(summary.lost(cell)) for cell in summary.cells}
+    lost = {cell["accumulator"]: plain(summary.lost(cell)) for cell in summary.cells}
     return {"findings": findings(summary), "curves": curves, "cells": summary.cells, "lost": lost}
-
-
-def _plain(interval: Interval | None) -> Json | None:
-    if interval is None:
-        return None
-    return {name: value if isfinite(value) else None for name, value in interval._asdict().items()}

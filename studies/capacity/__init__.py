@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,34 +40,12 @@ def run(config: Config, folder: Path) -> None:
         engine.Part(name, folder / "cells" / name, total, partial(cell.run, config, *_format_and_width(name)))
         for name in config.names()
     ]
-    chosen = [part for part in parts if not config.cells or part.name in config.cells]
-    try:
-        engine.run(chosen, _workers(config, chosen), config.minutes, console, fresh=config.device == "cuda")
-    except KeyboardInterrupt:
-        _say_where(parts, console)
-        raise
-    if all(part.done for part in parts):
+    if engine.run_all(parts, config, console, "cells", fresh=config.device == "cuda"):
         from lowprec.studies.capacity import report  # not needed, and slow to load, in the processes of the cells
 
         report.write(config, [part.folder for part in parts], folder, console)
-    else:
-        _say_where(parts, console)
 
 
 def _format_and_width(name: str) -> tuple[str, int]:
     format, _, width = name.rpartition("-")
     return format, int(width)
-
-
-def _workers(config: Config, parts: list[engine.Part]) -> int:
-    most = 1 if config.device == "cuda" else len(os.sched_getaffinity(0))
-    return config.workers or max(1, min(most, len(parts)))
-
-
-def _say_where(parts: list[engine.Part], console: Console) -> None:
-    """One line for each cell that is not done."""
-    console.print(f"{sum(part.done for part in parts)} of {len(parts)} cells are done; saved of the others:")
-    for part in parts:
-        if not part.done:
-            console.print(f"  {part.name}: update {part.last()['update']} of {part.total}")
-    console.print("go on with --resume")

@@ -67,7 +67,7 @@ def _set_up(device: torch.device, config: Config) -> None:
 
 
 def _trainer(config: Config, policy: Policy | None, width: int, corpus: data.Corpus, device: torch.device) -> Trainer:
-    options = {"policy": policy, "container": _container(policy, device), "compile": config.compile}
+    options = {"policy": policy, "container": container(policy, device), "compile": config.compile}
     seeds = range(config.seeds)
     model = ByteModel(len(corpus.symbols), width, config.steps, config.embedding, seeds, **options).to(device)
     offsets = [_offset(seed, len(corpus.train)) for seed in seeds]
@@ -82,7 +82,7 @@ def _offset(seed: int, length: int) -> int:
     return int(torch.randint(length, (), generator=torch.Generator().manual_seed(seed)))
 
 
-def _container(policy: Policy | None, device: torch.device) -> torch.dtype | None:
+def container(policy: Policy | None, device: torch.device) -> torch.dtype | None:
     """bfloat16 on a GPU, for its rate, where it holds all that is stored; else float32."""
     stored = policy.float_formats[:3] if policy else (None,)
     return torch.bfloat16 if device.type == "cuda" and all(map(_fits_bfloat16, stored)) else None

@@ -6,17 +6,15 @@ import csv
 import io
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from lowprec.studies import record
 from lowprec.studies.capacity.config import Config
 from lowprec.studies.capacity.picture import draw
 from lowprec.studies.capacity.summary import Summary, as_json, findings, summarise
-from lowprec.studies.regression import Interval
+from lowprec.studies.intervals import plus_minus
+from lowprec.studies.page import circumstances, markdown, table
 
-OWN_LINES = ("data", "sha256")
 COLUMNS = ("format", "width", "parameters", "seeds", "valid", "test", "chars/s")
 
 
@@ -33,13 +31,9 @@ def write(config: Config, parts: list[Path], folder: Path, console: Console) -> 
 
 def show(summary: Summary, console: Console) -> None:
     """The table and the conclusions."""
-    table = Table(title="Bits per character, 95% intervals", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     shown = [index for index, name in enumerate(COLUMNS) if name != "parameters"]  # 80 characters are enough
-    for index in shown:
-        table.add_column(COLUMNS[index], justify="right" if index else "left", no_wrap=True)
-    for row in _rows(summary):
-        table.add_row(*(row[index] for index in shown))
-    console.print(table)
+    heads, rows = [COLUMNS[index] for index in shown], [[row[index] for index in shown] for row in _rows(summary)]
+    console.print(table("Bits per character, 95% intervals", heads, rows))
     for line in findings(summary):
         console.print(line)
 
@@ -51,16 +45,12 @@ def _rows(summary: Summary) -> list[tuple[str, ...]]:
             str(cell["width"]),
             f"{cell['parameters']:,}",
             str(len(cell["seeds"])),
-            _plus_minus(summary.mean(cell, "valid")),
-            _plus_minus(summary.mean(cell)),
+            plus_minus(summary.mean(cell, "valid")),
+            plus_minus(summary.mean(cell)),
             f"{cell['speed']:,}",
         )
         for cell in summary.cells
     ]
-
-
-def _plus_minus(mean: Interval) -> str:
-    return f"{mean.estimate:.4f} ± {mean.high - mean.estimate:.4f}" if mean.bounded else f"{mean.estimate:.4f}"
 
 
 def _csv(summary: Summary) -> str:
@@ -77,8 +67,7 @@ def _csv(summary: Summary) -> str:
 
 
 def _readme(summary: Summary, saved: record.Json) -> str:
-    config, rows = saved["config"], [COLUMNS, ("---",) * len(COLUMNS), *_rows(summary)]
-    devices = dict.fromkeys(device for cell in summary.cells for device in cell["devices"])
+    config, devices = saved["config"], (device for cell in summary.cells for device in cell["devices"])
     lines = [
         "# Capacity: bits per character over width",
         "",
@@ -86,7 +75,7 @@ def _readme(summary: Summary, saved: record.Json) -> str:
         "",
         "![bits per character over width](capacity.png)",
         "",
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *markdown(COLUMNS, _rows(summary)),
         "",
         "Means over seeds of bits per character, with 95% intervals (test: from the regression's common error).",
         "",
@@ -101,16 +90,9 @@ def _readme(summary: Summary, saved: record.Json) -> str:
         "interval; equality is claimed by two one-sided tests alone.",
         "",
         f"- text: {Path(config['data']).name or 'the embedded tiny Shakespeare'} (SHA-256 {config['sha256']})",
-        f"- device: {'; '.join(devices)}",
-        f"- commit: {saved['commit'] or 'not in a checkout'}, lowprec {saved['lowprec']}",
-        f"- settings: {', '.join(f'{key}={_word(value)}' for key, value in config.items() if key not in OWN_LINES)}",
+        *circumstances(saved, devices),
         "",
         "Files: `results.csv` (a line for each seed), `results.json` (every number), `config.json`, and for each cell",
         "its `metrics.jsonl` and `result.json`.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _word(value: object) -> str:
-    """A setting as it is typed."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

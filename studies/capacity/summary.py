@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, inf, isfinite, log, sqrt
+from math import exp, inf, log, sqrt
 from typing import Any
 
 import numpy as np
 
 from lowprec.studies.capacity.config import Config
+from lowprec.studies.intervals import plain, text
 from lowprec.studies.record import Json
 from lowprec.studies.regression import CommonSlope, Interval, fit, t_quantile
 
@@ -110,13 +111,6 @@ def _verdict(effect: Interval, below: str, above: str) -> str:
     return below if effect.high < 0 else above if effect.low > 0 else "no difference is shown"
 
 
-def text(interval: Interval, form: str, confidence: int = 95) -> str:
-    """An estimate with its interval in brackets."""
-    if not interval.bounded:
-        return f"{interval.estimate:{form}} [{confidence}%: unbounded]"
-    return f"{interval.estimate:{form}} [{confidence}%: {interval.low:{form}} to {interval.high:{form}}]"
-
-
 def as_json(summary: Summary) -> Json:
     """Every number, for results.json. An unbounded limit is null."""
     result: Json = {"cells": summary.cells, "findings": findings(summary)}
@@ -126,7 +120,7 @@ def as_json(summary: Summary) -> Json:
             "model": "test = a_format + s ln(width / start)",
             "start": summary.start,
             "a": {group: summary.fit.at(group, 0.0) for group in summary.fit.groups},
-            "s": _plain(summary.fit.slope()),
+            "s": plain(summary.fit.slope()),
             "sigma": summary.fit.sigma,
             "freedom": summary.fit.freedom,
             "against": summary.base,
@@ -139,11 +133,7 @@ def _numbers(summary: Summary, format: str) -> Json:
     assert summary.fit is not None
     difference, p = summary.fit.matches(format, summary.base, log(CLAIM), summary.config.margin)
     return {
-        "offset": _plain(summary.fit.offset(format, summary.base)),
-        "width_needed": _plain(summary.width_needed(format)) if summary.width_helps else None,
-        "at_claimed_width": _plain(difference) | {"confidence": 0.9, "p_equal": p, "margin": summary.config.margin},
+        "offset": plain(summary.fit.offset(format, summary.base)),
+        "width_needed": plain(summary.width_needed(format)) if summary.width_helps else None,
+        "at_claimed_width": plain(difference) | {"confidence": 0.9, "p_equal": p, "margin": summary.config.margin},
     }
-
-
-def _plain(interval: Interval) -> Json:
-    return {name: value if isfinite(value) else None for name, value in interval._asdict().items()}
