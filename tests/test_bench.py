@@ -17,8 +17,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import lowprec as lp
-from lowprec import benches
-from lowprec.benches import casts, timing
+from lowprec import benches, timing
+from lowprec.benches import casts
 from lowprec.benches.casts import cases, peers, report
 from lowprec.benches.casts.buffers import Buffers
 from lowprec.benches.twin import EagerTwin

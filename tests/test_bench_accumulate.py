@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from lowprec import benches
-from lowprec.benches import accumulate, running, timing
+from lowprec import benches, timing
+from lowprec.benches import accumulate, running
 from lowprec.benches.accumulate import cases, floor, peers, report
 from lowprec.benches.accumulate.operands import Operands, Size
 from lowprec.testing import assert_bits_equal

@@ -51,6 +51,7 @@ LAYERS = (
     {"tables"},
     {"ruler"},
     {"chart"},
+    {"timing"},
     {"sparse"},
     {"studies"},
     {"benches"},

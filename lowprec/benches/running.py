@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -13,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import lowprec
 from lowprec.benches import Settings
-from lowprec.benches.timing import Call, Seconds, time_in_rounds
-from lowprec.studies.record import commit
+from lowprec.studies.record import commit, device_name
+from lowprec.timing import Call, Seconds, clocks, threads, time_in_rounds
 
 
 class Row(Protocol):
@@ -27,6 +28,9 @@ class Row(Protocol):
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
+
+NAMED = 60
+"""Rows that an error names, at most."""
 
 Peers = dict[str, tuple[str, Callable[[], Iterator[Any]]]]
 """By name: the package that has the version, and the rows, whose making imports it."""
@@ -42,7 +46,7 @@ def theirs(cases: list[AnyRow], peers: Peers) -> tuple[list[AnyRow], dict[str, s
         except ImportError as error:
             found[name] = f"not installed ({error})" if isinstance(error, ModuleNotFoundError) else f"fails: {error}"
         except Exception as error:  # a peer that breaks when it is imported must not take the bench with it
-            found[name] = f"fails: {_line(error)}"
+            found[name] = f"fails: {line_of(error)}"
     return cases, found
 
 
@@ -57,7 +61,9 @@ def wanted(every: Sequence[AnyRow], only: str, always: Iterable[str]) -> list[An
     """The rows that a pattern names, and those that others are measured by."""
     chosen = {case.name for case in every if fnmatchcase(case.name, only) or only in case.name}
     if not chosen:
-        raise ValueError(f"no row matches {only!r}; there are {'; '.join(case.name for case in every)}")
+        names = [case.name for case in every]
+        more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
+        raise ValueError(f"no row matches {only!r}; there are {'; '.join([*names[:NAMED], *more])}")
     return [case for case in every if case.name in chosen.union(always)]
 
 
@@ -99,15 +105,16 @@ def prepare(
             call = start(case)
             call(0)
         except absent as error:
-            missing[case.name] = _line(error)
+            missing[case.name] = line_of(error)
         except Exception as error:  # no row may take the others with it
-            failed[case.name] = _line(error)
+            failed[case.name] = line_of(error)
         else:
             calls[case.name] = call
     return calls, failed, missing
 
 
-def _line(error: Exception) -> str:
+def line_of(error: Exception) -> str:
+    """An error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -119,6 +126,28 @@ def timed(
     with Progress(*columns, console=settings.console, transient=True, disable=settings.console is None) as progress:
         task = progress.add_task(what, total=len(calls) * (rounds + 1), row="")
         return time_in_rounds(calls, device, rounds, budget, lambda name: progress.update(task, advance=1, row=name))
+
+
+def by_threads(
+    settings: Settings, device: torch.device, calls: dict[str, Call], rounds: int, budget: float, what: str = ""
+) -> Iterator[tuple[int, dict[str, Seconds]]]:
+    """`timed` with each number of threads in turn, which stays set while the caller looks at the result."""
+    counts = thread_counts(device)
+    for count in counts:
+        words = [str(device), *([f"{count} threads"] if len(counts) > 1 else []), *([what] if what else [])]
+        with threads(count):
+            yield count, timed(settings, device, calls, ", ".join(words), rounds, budget)
+
+
+def machine(device: torch.device, count: int) -> dict[str, Any]:
+    """What a record says of a device and the threads that it had; as it is now."""
+    return {
+        "device": str(device),
+        "name": device_name(device),
+        "threads": count,
+        "clocks": clocks(device),
+        "load": list(os.getloadavg()),
+    }
 
 
 def record_of(bench: str, found: dict[str, str], runs: list[dict[str, Any]], ours: set[str]) -> dict[str, Any]:

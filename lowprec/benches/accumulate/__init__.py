@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from lowprec.benches.accumulate import cases, peers, report
 from lowprec.benches.accumulate.cases import Case
 from lowprec.benches.accumulate.floor import issue_rate
 from lowprec.benches.accumulate.operands import Operands, Size
-from lowprec.benches.timing import Call, clocks, threads
 from lowprec.benches.twin import EagerTwin, assert_same
-from lowprec.studies.record import device_name
+from lowprec.timing import Call
 
 QUESTION = "How fast are sums and products under an accumulator, beside the device's limits and peers?"
 
@@ -52,20 +50,12 @@ def _runs(settings: Settings, device: torch.device, wanted: list[Case]) -> list[
     here = [case for case in wanted if device.type in case.devices]
     size = _size(settings, device)
     calls, failed, missing = _prepare(here, Operands(device, size))
-    rounds, counts = QUICK_ROUNDS if settings.quick else ROUNDS, running.thread_counts(device)
+    rounds = QUICK_ROUNDS if settings.quick else ROUNDS
     results = []
-    for count in counts:
-        what = f"{device}, {count} threads" if len(counts) > 1 else str(device)
-        with threads(count):
-            seconds = running.timed(settings, device, calls, what, rounds, BUDGET[device.type])
-        run = {
-            "device": str(device),
-            "name": device_name(device),
-            "threads": count,
+    for count, seconds in running.by_threads(settings, device, calls, rounds, BUDGET[device.type]):
+        run = running.machine(device, count) | {
             "size": list(size),
-            "clocks": clocks(device),
             "issue_rate": issue_rate(device),
-            "load": list(os.getloadavg()),
             "failed": failed,
             "missing": missing,
         }

@@ -11,7 +11,7 @@ import torch
 import lowprec as lp
 from lowprec.accumulator import Accumulator
 from lowprec.benches.accumulate.operands import Operands
-from lowprec.benches.timing import Call
+from lowprec.timing import Call
 
 Goal = Literal["exact", "exact sums", "stochastic", "native", "tensor core", "none"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lowprec.benches.timing import clocks
+from lowprec.timing import clocks
 
 LANES = 128
 """Lane-instructions that a multiprocessor issues in one cycle: four schedulers, 32 lanes each (sm_80, sm_90)."""

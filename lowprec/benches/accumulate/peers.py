@@ -15,7 +15,7 @@ from torch import Tensor
 from lowprec.benches import running
 from lowprec.benches.accumulate.cases import Case
 from lowprec.benches.accumulate.operands import Operands
-from lowprec.benches.timing import Call
+from lowprec.timing import Call
 
 DENSE = "torch.matmul, bf16"
 """The row by which tensor-core rows are measured."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -11,9 +10,8 @@ from lowprec.benches import Settings, running
 from lowprec.benches.casts import cases, peers, report
 from lowprec.benches.casts.buffers import Buffers
 from lowprec.benches.casts.cases import BFLOAT16, FLOAT32, Case
-from lowprec.benches.timing import Call, clocks, threads
 from lowprec.benches.twin import EagerTwin, assert_same
-from lowprec.studies.record import device_name
+from lowprec.timing import Call
 
 QUESTION = "How fast are the casts, beside the device's own copy and beside peers?"
 
@@ -49,21 +47,10 @@ def _runs(settings: Settings, device: torch.device, wanted: list[Case]) -> list[
     here = [case for case in wanted if device.type in case.devices]
     buffers = Buffers(device, settings.elements or ELEMENTS[device.type][settings.quick])
     calls, failed = _prepare(here, buffers)
-    rounds, counts = QUICK_ROUNDS if settings.quick else ROUNDS, running.thread_counts(device)
+    rounds = QUICK_ROUNDS if settings.quick else ROUNDS
     results = []
-    for count in counts:
-        what = f"{device}, {count} threads" if len(counts) > 1 else str(device)
-        with threads(count):
-            seconds = running.timed(settings, device, calls, what, rounds, BUDGET[device.type])
-        run = {
-            "device": str(device),
-            "name": device_name(device),
-            "threads": count,
-            "elements": buffers.elements,
-            "clocks": clocks(device),
-            "load": list(os.getloadavg()),
-            "failed": failed,
-        }
+    for count, seconds in running.by_threads(settings, device, calls, rounds, BUDGET[device.type]):
+        run = running.machine(device, count) | {"elements": buffers.elements, "failed": failed}
         run["rows"] = report.rows([case for case in here if case.name in calls], seconds, run)
         results.append(run)
     return results

@@ -12,9 +12,9 @@ from torch import Tensor
 import lowprec as lp
 from lowprec import _ops, fused
 from lowprec.benches.casts.buffers import COLUMNS, Buffers
-from lowprec.benches.timing import Call
 from lowprec.cast import fields_of
 from lowprec.rounding import Rounding
+from lowprec.timing import Call
 
 Goal = Literal["copy", "quantize", "encode", "decode", "stochastic", "block", "statistics", "transposed", "none"]
 

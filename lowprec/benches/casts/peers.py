@@ -18,7 +18,7 @@ from torch import Tensor
 from lowprec.benches import running
 from lowprec.benches.casts.buffers import Buffers
 from lowprec.benches.casts.cases import BFLOAT16, FLOAT32, SHORT, Case, Goal, rotating
-from lowprec.benches.timing import Call
+from lowprec.timing import Call
 
 NATIVE = {"bf16": torch.bfloat16, "e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 

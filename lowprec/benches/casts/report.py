@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
-from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
+from lowprec.benches import pages
 from lowprec.benches.casts import picture
 from lowprec.benches.casts.cases import BFLOAT16, FLOAT32, Case
 from lowprec.benches.casts.peers import cast_name, copy_name
-from lowprec.benches.timing import Seconds
+from lowprec.benches.pages import Row
 from lowprec.studies import record as files
-
-Row = dict[str, Any]
+from lowprec.timing import Seconds
 
 OF_COPY = {"quantize": 0.92, "encode": 0.92, "decode": 0.92, "stochastic": 0.85, "block": 0.85, "statistics": 0.85}
 OF_COPY["transposed"] = 0.80
@@ -29,7 +24,7 @@ MELEM_A_CORE = {"quantize": 350.0, "stochastic": 225.0}
 OF_CAST = 0.8
 """Target of encoding on the CPU: the share of the speed of torch's own cast to float8_e4m3fn."""
 
-COLUMNS = ("device", "threads", "row", "by", "elements", "bytes", "seconds", "low", "high", "rounds")
+COLUMNS = ("row", "by", "bytes", "seconds", "low", "high", "rounds")
 MEASURES = ("melem_per_s", "gb_per_s", "of_copy", "target", "unit", "met")
 
 
@@ -69,7 +64,9 @@ def _target(case: Case, cuda: bool, count: int, seconds: dict[str, Seconds], ele
 def write(record: Row, out: Path) -> None:
     """Write results.json, results.csv, casts.png and README.md."""
     files.write_json(out / "results.json", record)
-    files.write(out / "results.csv", _csv(record).encode())
+    files.write(
+        out / "results.csv", pages.csv_of(record, ("device", "threads", "elements"), (*COLUMNS, *MEASURES)).encode()
+    )
     files.write(out / "casts.png", picture.draw(record))
     files.write(out / "README.md", _readme(record).encode())
 
@@ -78,64 +75,38 @@ def _readme(record: Row) -> str:
     """The record as a page."""
     lines = ["# Casts, timed", "", "![Speed of every row, as a share of a copy's](casts.png)", ""]
     for run in record["runs"]:
-        speed = _speed(run)
-        lines += [f"## {_heading(run)}", "", f"| row | ms | {speed} | copy | target |", "| --- " + "| ---: " * 4 + "|"]
-        lines += [f"| {' | '.join((row['row'], *_cells(row, speed)))} |" for row in run["rows"]]
-        lines += ["", *(f"- {name}: {why}" for name, why in run["failed"].items())]
-        clocks = "; ".join(f"{name} {value}" for name, value in run["clocks"].items() if name != "name")
-        load = ", ".join(f"{each:.1f}" for each in run["load"])
-        lines += [*([f"- before: {clocks}"] if clocks else []), f"- load averages of the machine, after: {load}", ""]
-    kernels = ", ".join(f"{name} {state}" for name, state in record["kernels"].items())
-    lines += ["## How", ""]
-    lines += [f"- commit {record['commit'] or 'unknown'}, lowprec {record['lowprec']}, compiled kernels: {kernels}"]
-    lines += [f"- torch {record['torch']}, Python {record['python']}"]
-    lines += [f"- {name}: {state}" for name, state in record["peers"].items() if name != "torch"]
+        lines += [f"## {_heading(run)}", "", *pages.markdown(_heads(run), _rows(run)), ""]
+        lines += [*(f"- {line}" for line in pages.not_timed(run)), *pages.machine(run), ""]
+    lines += ["## How", "", *pages.origin(record)]
     lines += ["- `lowprec bench casts`, medians; *copy*: bytes a second over those of a copy of float32"]
     return "\n".join(lines) + "\n"
 
 
+def _heads(run: Row) -> tuple[str, ...]:
+    return "row", "ms", _speed(run), "copy", "target"
+
+
+def _rows(run: Row) -> list[tuple[str, ...]]:
+    return [(row["row"], *_cells(row, _speed(run))) for row in run["rows"]]
+
+
 def _heading(run: Row) -> str:
     rounds = max(row["rounds"] for row in run["rows"])
-    count = f", {run['threads']} thread{'s' * (run['threads'] != 1)}" if run["device"] == "cpu" else ""
-    return f"{run['name']}{count}, 2^{run['elements'].bit_length() - 1} elements, {rounds} rounds"
+    return f"{run['name']}{pages.threads_of(run)}, 2^{run['elements'].bit_length() - 1} elements, {rounds} rounds"
 
 
 def _speed(run: Row) -> str:
     return "GB/s" if run["device"].startswith("cuda") else "Melem/s"
 
 
-def _csv(record: Row) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, (*COLUMNS, *MEASURES), lineterminator="\n")
-    writer.writeheader()
-    for run in record["runs"]:
-        for row in run["rows"]:
-            writer.writerow({key: run[key] for key in ("device", "threads", "elements")} | row)
-    return file.getvalue()
-
-
 def show(record: Row, out: Path, console: Console) -> None:
     """A table for each device and number of threads, and what is not in it."""
     for run in record["runs"]:
-        console.print(_table(run))
-        for name, why in run["failed"].items():
-            console.print(f"{name}: {why}")
-    for name, state in record["peers"].items():
-        console.print(f"{name}: {state}")
-    console.print(f"picture: {out / 'casts.png'}; all results: {out}")
-
-
-def _table(run: Row) -> Table:
-    table = Table(title=_heading(run), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("row", no_wrap=True)
-    speed = _speed(run)
-    for name in ("ms", speed, "copy", "target"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in run["rows"]:
-        *numbers, target = _cells(row, speed)
-        marked = target.replace("missed", "[bold]miss[/bold]")
-        table.add_row(row["row"], *numbers, marked, style=None if row["by"] == "lowprec" else "dim")
-    return table
+        ours = (row["by"] == "lowprec" for row in run["rows"])
+        console.print(pages.table(_heading(run), _heads(run), zip(_rows(run), ours, strict=True)))
+        for line in pages.not_timed(run):
+            console.print(line)
+    pages.close(record, str(out / "casts.png"), out, console)
 
 
 def _cells(row: Row, speed: str) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -17,6 +19,12 @@ Call = Callable[[int], object]
 
 BURST = 4
 """Calls that a CUDA measurement spans, so that the device never waits for the host."""
+
+REPLAY = 2e-3
+"""Seconds that the replay of a graph takes, about, so that its start does not count."""
+
+MOST = 32
+"""Calls in a graph, at most."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,64 @@ class Seconds:
         """The summary of at least one sample."""
         low, median, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
         return cls(low, median, high, len(samples))
+
+
+class Captured:
+    """A CUDA graph of calls 0 .. count - 1 in turn, so that the host has no part in what is measured."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, count: int, call: Call) -> None:
+        self.graph, self.count = graph, count
+        self.call = call  # and with it the tensors that the graph reads
+
+    def __call__(self, turn: int) -> None:
+        self.graph.replay()
+
+
+def captured(call: Call, device: torch.device, pool: Any = None) -> Call:
+    """The call in a CUDA graph, as often as makes a measurement of some length; on the CPU the call as it is.
+
+    Args:
+        call: run here twice before.
+        device: where it runs.
+        pool: what graphs share that never run at once (`torch.cuda.graph_pool_handle`): results overwrite one another.
+
+    Raises:
+        RuntimeError: where the call cannot be captured, as it waits for the device, say.
+    """
+    if device.type != "cuda":
+        return call
+    torch.cuda.synchronize(device)
+    with torch.cuda.device(device), torch.cuda.stream(_side_stream(device)):
+        call(0)
+        count = min(max(round(REPLAY / _seconds(call)), 2), MOST)
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            for i in range(count):
+                call(i)
+        finally:
+            graph.capture_end()
+    return Captured(graph, count, call)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Graphs are not captured on the default stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _seconds(call: Call) -> float:
+    """Of a call that is not the first, roughly; RuntimeError where it waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    begin = _mark()
+    try:
+        call(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    end = _mark()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
 
 
 @contextmanager
@@ -99,13 +165,19 @@ def _cuda_samples(
         marks = [_mark()]
         for name, call in calls.items():
             begin = _mark()
-            for i in range(BURST):
+            for i in range(_burst(call)):
                 call(BURST * turn + i)
             marks += [begin, _mark()]
             progress(name)
         torch.cuda.synchronize()
     for name, begin, end in zip(calls, marks[1::2], marks[2::2], strict=True):
-        yield name, begin.elapsed_time(end) / 1000 / BURST
+        call = calls[name]
+        each = call.count if isinstance(call, Captured) else 1
+        yield name, begin.elapsed_time(end) / 1000 / (_burst(call) * each)
+
+
+def _burst(call: Call) -> int:
+    return 1 if isinstance(call, Captured) else BURST
 
 
 def _mark() -> torch.cuda.Event:
