@@ -1,0 +1,102 @@
+"""The results on the terminal and on disk: table, picture, CSV, JSON and a README that explains them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lowprec.studies import record
+from lowprec.studies.intervals import plus_minus
+from lowprec.studies.kernels.config import Config
+from lowprec.studies.kernels.picture import draw
+from lowprec.studies.kernels.summary import Summary, as_json, findings
+from lowprec.studies.page import circumstances, markdown, table
+from lowprec.studies.regression import Interval
+
+ROW = ("width", "repeat", "op", "kind", "tokens", "block", "flops", "seconds")
+
+
+def write(config: Config, parts: list[Path], folder: Path, console: Console) -> None:
+    """Write results.json, results.csv, kernels.png and README.md, and show the table."""
+    summary = Summary(config, [record.read_json(part / "result.json") for part in parts])
+    record.write_json(folder / "results.json", as_json(summary))
+    record.write(folder / "results.csv", _csv(summary).encode())
+    record.write(folder / "kernels.png", draw(summary))
+    record.write(folder / "README.md", _readme(summary, record.read_json(folder / "config.json")).encode())
+    show(summary, console)
+    console.print(f"picture: {folder / 'kernels.png'}; all results: {folder}")
+
+
+def show(summary: Summary, console: Console) -> None:
+    """The table and the conclusions."""
+    ends = sorted({0, len(summary.widths) // 2, len(summary.widths) - 1})  # 80 characters are enough
+    console.print(table(_title(summary), heads(summary, ends), rows(summary, ends)))
+    for line in findings(summary):
+        console.print(f"- {line}")
+
+
+def _title(summary: Summary) -> str:
+    return f"{summary.unit[0]} of blocks that are present, and 95% intervals"
+
+
+def heads(summary: Summary, shown: Sequence[int]) -> list[str]:
+    """Of the columns of `rows`."""
+    return ["product", *(str(summary.widths[i]) for i in shown), "per doubling"]
+
+
+def rows(summary: Summary, shown: Sequence[int]) -> list[list[str]]:
+    """A row for each curve: speeds at the widths that are to be shown, and their growth."""
+    size = summary.unit[1]
+    return [
+        [
+            f"{curve.op} {curve.kind} N={curve.tokens} b={curve.block}",
+            *(plus_minus(Interval(*(end / size for end in curve.speed[i])), ".3g") for i in shown),
+            plus_minus(curve.doubling, ".2f") if curve.doubling else "",
+        ]
+        for curve in summary.curves
+    ]
+
+
+def _csv(summary: Summary) -> str:
+    """A line for each repeat of each product."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ROW, lineterminator="\n")
+    writer.writeheader()
+    for cell in summary.cells:
+        writer.writerows({"width": cell["width"], **row} for row in cell["rows"])
+    return file.getvalue()
+
+
+def _readme(summary: Summary, saved: record.Json) -> str:
+    every = range(len(summary.widths))
+    lines = [
+        "# Kernels: speed over width at equally many weights",
+        "",
+        "How does the speed of block-sparse products change with width, when the number of weights stays?",
+        "",
+        "![speed over width](kernels.png)",
+        "",
+        f"{_title(summary)}:",
+        "",
+        *markdown(heads(summary, every), rows(summary, every)),
+        "",
+        f"Geometric means over {summary.config.repeats} repeats, each with a pattern of its own and the median of",
+        f"{summary.config.rounds} rounds, with 95% intervals. *Per doubling*: the factor in speed for twice the width.",
+        "",
+        "## Conclusions",
+        "",
+        *(f"- {line}" for line in findings(summary)),
+        "",
+        "## How",
+        "",
+        "Method: studies/kernels/README.md.",
+        "",
+        *circumstances(saved, (cell["device"] for cell in summary.cells)),
+        "",
+        "Files: `results.csv` (a line for each repeat of each product), `results.json` (what follows), `config.json`.",
+    ]
+    return "\n".join(lines) + "\n"
