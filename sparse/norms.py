@@ -110,9 +110,9 @@ class BatchNorm(nn.modules.batchnorm._NormBase):
         kept = not self.training or self.track_running_stats
         running = (self.running_mean, self.running_var) if kept else (None, None)
         # Channels are the second dimension to torch: with a first one of size one nothing moves.
-        seen = x.flatten(1).unsqueeze(0) if self.features == "first" else x.flatten(0, -2)
+        seen = x.reshape((1, self.num_features, -1) if self.features == "first" else (-1, self.num_features))
         y = F.batch_norm(seen, *running, self.weight, self.bias, batch, momentum, self.eps)
-        return y.view(x.shape)
+        return y.reshape(x.shape)
 
     def _momentum(self) -> float:
         """The weight of this batch in the running statistics: that of a cumulative mean if None is given."""

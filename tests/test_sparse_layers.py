@@ -219,6 +219,21 @@ def test_a_layout_changes_under_compiled_code(device: torch.device) -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.gpu
+def test_a_captured_graph_follows_the_layout() -> None:
+    layer = Linear(layout_of(), device="cuda")
+    x = normal(5, layer.inputs).cuda()
+    with torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        for by in range(3):
+            layer.set_layout(moved(layout_of(), by))
+            graph.replay()
+            assert torch.equal(y, layer(x))
+
+
 @pytest.mark.parametrize("other", [layout_of(3, 5), layout_of(3, 4, 16), layout_of(density=0)])
 def test_another_size_is_no_layout_to_change_to(other: BlockLayout) -> None:
     layer = Linear(layout_of())
@@ -383,6 +398,16 @@ def test_batch_norm_over_images_is_torchs(momentum: float | None, tracks: bool) 
     last = BatchNorm(24, "last", **options)
     last.load_state_dict(layer.state_dict())
     torch.testing.assert_close(last.eval()(x.movedim(1, -1)), plain(x).movedim(1, -1))
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_batch_norm_takes_any_number_of_dimensions(features: Any) -> None:
+    layer = BatchNorm(24, features).eval()
+    layer.running_mean.normal_()
+    for shape in ((24,), (0, 24), (5, 24), (2, 3, 4, 5, 24)):
+        x = normal(*shape)
+        expected = (x - layer.running_mean) * (layer.running_var + layer.eps).rsqrt()
+        torch.testing.assert_close(back(layer(arranged(x, features)), features), expected)
 
 
 def reference_norm(layer: Linear, gain: Tensor, v: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ SEQUENTIAL = lp.Accumulator.sequential("1-6-9")
 
 def case(layer: Linear, tokens: int = 5) -> tuple[Tensor, Tensor]:
     """An input of a layer that asks for its gradient, and a gradient of its result."""
-    x = arranged(normal(tokens, layer.inputs), layer.features).clone().requires_grad_()
-    return x, arranged(normal(tokens, layer.outputs, seed=2), layer.features)
+    device = layer.weight.device
+    x = arranged(normal(tokens, layer.inputs).to(device), layer.features).clone().requires_grad_()
+    return x, arranged(normal(tokens, layer.outputs, seed=2).to(device), layer.features)
 
 
 def run(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -71,10 +72,10 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("gated", [False, True])
-def test_roles(features: Any, gated: bool) -> None:
+def test_roles(device: torch.device, features: Any, gated: bool) -> None:
     layout = layout_of()
     gate = torch.tensor([0.3, 0.0, 1.7, -0.6, 1.0, 2.2]) if gated else False
-    layer = Linear(layout, features=features, gate=gate)
+    layer = Linear(layout, features=features, gate=gate, device=device)
     x, dy = case(layer)
     plain = run(layer, x, dy)
     expected = by_hand(layer, x, dy)
@@ -212,8 +213,8 @@ def test_checkpointing_sees_the_same(recipe: str, reentrant: bool) -> None:
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("own", [None, "fp32"])
-def test_the_policys_accumulators_form_the_sums(features: Any, own: str | None) -> None:
-    layer = Linear(layout_of(), features=features, accumulator=own)
+def test_the_policys_accumulators_form_the_sums(device: torch.device, features: Any, own: str | None) -> None:
+    layer = Linear(layout_of(), features=features, accumulator=own, device=device)
     x, dy = case(layer)
     three = (SEQUENTIAL, "pairwise:bf16", "chunk4:1-6-9/fp32")
     policy = lp.Policy(A, W, DA, accumulator=three, reduction="1-6-9")
@@ -374,9 +375,9 @@ def test_gradients_of_gradients(features: Any, policy: lp.Policy) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "fp8-sampled", "mxfp8", "nvfp4"])
-def test_compiled_code_computes_the_same(recipe: str) -> None:
+def test_compiled_code_computes_the_same(device: torch.device, recipe: str) -> None:
     torch.compiler.reset()
-    layer = lp.wrap(Linear(layout_of(block=32), gate=True), recipe)
+    layer = lp.wrap(Linear(layout_of(block=32), gate=True, device=device), recipe)
     twin = copy.deepcopy(layer)
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
     x, dy = case(layer)
