@@ -35,7 +35,9 @@ struct Quads {
   /// Four elements of a tensor, exact.
   template <class C>
   static Vector read(const typename C::Bits* x) {
-    if constexpr (std::is_same_v<C, Float32>) {
+    if constexpr (std::is_same_v<C, Float64>) {
+      return _mm256_loadu_pd(reinterpret_cast<const double*>(x));
+    } else if constexpr (std::is_same_v<C, Float32>) {
       return _mm256_cvtps_pd(_mm_loadu_ps(reinterpret_cast<const float*>(x)));
     } else {
       const __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));

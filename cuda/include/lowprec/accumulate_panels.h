@@ -16,18 +16,6 @@ constexpr int64_t kRowBlock = 64;  // outputs of a task
 constexpr int64_t kColumnBlock = 128;
 constexpr int64_t kDraws = 32;  // roundings of an output whose words are drawn at once
 
-/// The machine's default: to nearest, nothing flushed, no traps. The caller's settings come back at the end.
-class DefaultArithmetic {
- public:
-  DefaultArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
-  ~DefaultArithmetic() { _mm_setcsr(saved_); }
-  DefaultArithmetic(const DefaultArithmetic&) = delete;
-  DefaultArithmetic& operator=(const DefaultArithmetic&) = delete;
-
- private:
-  unsigned saved_;
-};
-
 /// Cache lines of memory.
 template <class T>
 class Buffer {
@@ -132,8 +120,8 @@ struct TilePlan {
   alignas(64) typename V::Scalar ones[V::rows * V::vectors * V::lanes];
 
   /// `wide` as in `Target`.
-  TilePlan(const AccumulatorSpec& spec, int64_t terms, uint64_t seed, uint64_t offset, bool wide)
-      : tree(spec, terms), words{seed, offset, tree.roundings}, draw(seed, offset) {
+  TilePlan(const AccumulatorSpec& spec, int64_t terms, int64_t roundings, uint64_t seed, uint64_t offset, bool wide)
+      : tree(spec, terms), words{seed, offset, std::max(roundings, tree.roundings)}, draw(seed, offset) {
     std::fill(std::begin(ones), std::end(ones), typename V::Scalar(1));
     if (spec.leaf != Leaf::terms || spec.has_product || terms == 0) return;
     for (int i = 0; i < spec.levels; ++i) {
@@ -298,8 +286,7 @@ class Block {
   void number(const Product<C>& x, int64_t row, int64_t column, int64_t i, int64_t j) const {
     uint64_t* index = index_.data() + (i * across + j) * AnyTile::outputs;
     for (int64_t n = 0; n < AnyTile::outputs; ++n) {
-      const int64_t output = x.origin + (row + n / AnyTile::width) * x.row_step +
-                             (column + j * AnyTile::width + n % AnyTile::width) * x.column_step;
+      const int64_t output = x.output(row + n / AnyTile::width, column + j * AnyTile::width + n % AnyTile::width);
       index[n] = static_cast<uint64_t>(output * plan_.words.roundings);
     }
   }
@@ -308,8 +295,7 @@ class Block {
     using Carrier = std::conditional_t<sizeof(Output) == 8, double, float>;
     for (int64_t i = 0; i < std::min<int64_t>(kRows, x.rows - row); ++i) {
       for (int64_t j = 0; j < std::min<int64_t>(AnyTile::width, x.columns - column); ++j) {
-        out[x.origin + (row + i) * x.row_step + (column + j) * x.column_step] =
-            bit_cast<Output>(static_cast<Carrier>(sums[i * AnyTile::width + j]));
+        out[x.output(row + i, column + j)] = bit_cast<Output>(static_cast<Carrier>(sums[i * AnyTile::width + j]));
       }
     }
   }
@@ -343,7 +329,7 @@ template <class V, class C>
 bool multiply_in(const AccumulatorSpec& spec, uint64_t seed, uint64_t offset, Product<C> x,
                  typename CarrierOf<C>::Bits* out) {
   const bool wide = sizeof(typename V::Scalar) > sizeof(typename CarrierOf<C>::Bits);
-  const TilePlan<V> plan(spec, x.terms, seed, offset, wide);
+  const TilePlan<V> plan(spec, x.terms, x.roundings, seed, offset, wide);
   if (!plan.usable) return false;
   if (x.rows == 1 && x.columns == 1) x.join_batch();
   if (x.columns < kColumnBlock && x.columns < x.rows) x.transpose();

@@ -21,9 +21,11 @@
 // has, and a function of the standard library that is compiled there must not be taken for everyone's.
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <iterator>
 #include <memory>
 #include <new>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
@@ -31,6 +33,7 @@
 
 #include "lowprec/accumulate.h"
 #include "lowprec/accumulate_ops.h"
+#include "lowprec/default_arithmetic.h"
 #include "lowprec/operands.h"
 #include "lowprec/philox.h"
 #include "lowprec/round.h"
@@ -38,6 +41,21 @@
 #ifdef LOWPREC_VECTORS
 
 namespace lowprec {
+
+enum class Vectors { none, avx2, avx512 };
+
+/// The vectors of the machine, or fewer where torch is told so by the same variable.
+inline Vectors vectors() {
+  static const Vectors found = [] {
+    const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string_view limit = variable ? variable : "";
+    if (limit == "default" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Vectors::none;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+    return wide && limit != "avx2" ? Vectors::avx512 : Vectors::avx2;
+  }();
+  return found;
+}
 
 /// Directions of an instruction.
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;

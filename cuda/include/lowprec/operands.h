@@ -29,6 +29,16 @@ struct Product {
   int64_t row_step;        // from row to row of them
   int64_t column_step;     // from column to column
   int64_t left_shift = 0;  // of the left lines from column to column, where a row has many
+  int64_t roundings = 0;   // by which random words are numbered, where that is more than each output has
+  // Columns that lie side by side among the outputs, and from one such piece to the next; 0: all of them do.
+  int64_t piece = 0;
+  int64_t piece_step = 0;
+
+  /// The place of an output.
+  int64_t output(int64_t row, int64_t column) const {
+    if (piece == 0) return origin + row * row_step + column * column_step;
+    return origin + row * row_step + column % piece * column_step + column / piece * piece_step;
+  }
 
   /// One of the batch.
   Product at(int64_t i) const {
@@ -51,6 +61,7 @@ struct Product {
     batch = 1;
   }
 
+  /// Columns become rows; they must be in one piece.
   void transpose() {
     std::swap(left, right);
     std::swap(left_batch, right_batch);

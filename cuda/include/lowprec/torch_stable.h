@@ -53,6 +53,17 @@ inline Tensor decode_codes(const Tensor& codes, const std::vector<int64_t>& form
 /// Copy every element of `source` into `target`, whatever the strides of either.
 inline void copy(Tensor target, const Tensor& source) { torch::stable::copy_(target, source); }
 
+/// What an operator gives, by its name and overload: one tensor.
+template <class... Args>
+Tensor call(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+/// The same bytes as elements of another dtype of that size.
+inline Tensor view_as(const Tensor& x, ScalarType dtype) { return call("aten::view", "dtype", x, dtype); }
+
 #ifdef USE_CUDA
 
 using torch::stable::accelerator::DeviceGuard;
