@@ -259,7 +259,7 @@ def _sparse_layer(device: torch.device) -> tuple[Tables, Tensor, Tensor]:
     """The tables of 3 by 4 blocks, one column and one row of them empty; weights of blocks of 8; gates, one closed."""
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 1]], dtype=torch.bool, device=device)
     w = torch.linspace(-2, 3, 5 * 64, device=device).reshape(5, 8, 8)
-    return tables_of(mask, 5), w, torch.tensor([1.0, 0.0, 0.3, -2.0, 1.0], device=device)
+    return tables_of(mask, 5, 8), w, torch.tensor([1.0, 0.0, 0.3, -2.0, 1.0], device=device)
 
 
 def _sparse_products(device: torch.device) -> list[tuple[Arguments, Arguments]]:
