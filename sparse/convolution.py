@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowprec.accumulate import AccumulatorLike
 from lowprec.sparse.layout import BlockLayout
 from lowprec.sparse.linear import Features, Linear
+from lowprec.sparse.ops import require_features
 
 Groups = Literal["depthwise"] | int
 
@@ -106,9 +107,9 @@ class Conv2d(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve images [C, N, H, W], or with features last [N, H, W, C]."""
         if x.dim() != 4:
-            layout = "[C, N, H, W]" if self.features == "first" else "[N, H, W, C]"
+            layout = "[C, N, H, W]" if self.first else "[N, H, W, C]"
             raise ValueError(f"x must be images {layout}, got shape {tuple(x.shape)}")
-        self._require_inputs(x)
+        require_features("x", x, self.inputs, "inputs", self.features)
         return super().forward(self.product_input(x))
 
     def product_input(self, x: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ class Conv2d(Linear):
 
     def _convolved(self, x: Tensor, spatial: Tensor) -> Tensor:
         """The spatial convolution, on a view in torch's order [N, C, H, W]."""
-        there = (0, 1) if self.features == "first" else (-1, 1)
+        there = (0, 1) if self.first else (-1, 1)
         images = x.movedim(*there)
         y = F.conv2d(images, spatial, None, self.stride, self.padding, self.dilation, self.groups)
         return y.movedim(*reversed(there))
@@ -127,7 +128,7 @@ class Conv2d(Linear):
         """The places that a kernel of size one is applied to."""
         (down, across), (below, right) = self.stride, self.padding
         edges = [right, right, below, below]
-        if self.features == "first":
+        if self.first:
             return F.pad(x, edges)[:, :, ::down, ::across] if any(edges) else x[:, :, ::down, ::across]
         x = F.pad(x, [0, 0, *edges]) if any(edges) else x
         return x[:, ::down, ::across]

@@ -13,6 +13,7 @@ from lowprec.accumulator import Accumulator
 from lowprec.blocksparse import Tables, matmul
 from lowprec.modes import is_narrowed
 from lowprec.sparse.layout import BlockLayout
+from lowprec.sparse.ops import is_first, require_features
 
 Features = Literal["last", "first"]
 """Where a tensor has its features: [..., C] or [C, ...]."""
@@ -70,7 +71,7 @@ class Linear(nn.Module):
         super().__init__()
         if not isinstance(layout, BlockLayout):
             raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}")
-        self.layout, self.features = layout, require_features(features)
+        self.layout, self.features, self.first = layout, features, is_first(features)
         self.inputs, self.outputs = layout.inputs, layout.outputs
         self.accumulator = None if accumulator is None else str(accumulator)
         if accumulator is not None:
@@ -100,25 +101,16 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs], or with features first [inputs, ...] -> [outputs, ...]."""
         weight = self.weight  # once: it may be computed
-        self._require_inputs(x)
+        require_features("x", x, self.inputs, "inputs", self.features)
         if x.dtype != weight.dtype and not (is_narrowed(x) and is_narrowed(weight)):
             raise TypeError(f"x must be {weight.dtype} like the weight, got {x.dtype}")
         tables = self._tables if self._tables.fprop.device == x.device else self.layout.tables(x.device)
         gate = None if self.gate is None else self.gate.float()
-        first, sums = self.features == "first", self.accumulator
-        return matmul(x, weight, gate, tables, bias=self.bias, first=first, accumulator=sums)
+        return matmul(x, weight, gate, tables, bias=self.bias, first=self.first, accumulator=self.accumulator)
 
     def product_input(self, x: Tensor) -> Tensor:
         """What the block-sparse product reads, of the layer's input."""
         return x
-
-    def _require_inputs(self, x: Tensor) -> None:
-        axis, other = (0, "last") if self.features == "first" else (-1, "first")
-        if x.dim() < 1 or x.shape[axis] != self.inputs:
-            wanted = f"[{self.inputs}, ...]" if axis == 0 else f"[..., {self.inputs}]"
-            there = x.dim() > 1 and x.shape[-1 - axis] == self.inputs
-            hint = f"; for these there is features={other!r}" if there else ""
-            raise ValueError(f"x must be {wanted} (features={self.features!r}), got shape {tuple(x.shape)}{hint}")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -246,10 +238,3 @@ class Linear(nn.Module):
         given = [f"{name}={value!r}" for name, value in options.items() if value is not None]
         size = f"{self.inputs}, {self.outputs}, block={layout.block}, density={layout.density:.1%}"
         return ", ".join([size, *given, *(["gate=True"] if self.gate is not None else [])])
-
-
-def require_features(features: str) -> Features:
-    """ValueError for what is no place of features."""
-    if features not in ("last", "first"):
-        raise ValueError(f"features must be 'last' or 'first', got {features!r}")
-    return features  # type: ignore[return-value]

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lowprec.blocksparse import Product, Update, declared
+from lowprec.eager_sparse import carrier_of
 from lowprec.sparse.layout import BlockLayout
-from lowprec.sparse.linear import Features, Linear, require_features
+from lowprec.sparse.linear import Features, Linear
+from lowprec.sparse.ops import is_first, require_features
 
 L = TypeVar("L", bound=Linear)
 
@@ -47,7 +49,7 @@ class LayerNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.size, self.features, self.eps = _size(size), require_features(features), eps
+        self.size, self.eps, self.features, self.first = _size(size), eps, features, is_first(features)
         gain = torch.empty(size, device=device, dtype=dtype) if affine else None
         self.weight = None if gain is None else nn.Parameter(gain)
         self.bias = nn.Parameter(torch.empty_like(gain)) if gain is not None and bias else None
@@ -62,8 +64,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each token: [..., C] or [C, ...], to the same shape, contiguous."""
-        _require_size(x, self.size, self.features)
-        if self.features == "last":
+        require_features("x", x, self.size, "features", self.features)
+        if not self.first:
             return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
         rows = F.layer_norm(x.movedim(0, -1), (self.size,), self.weight, self.bias, self.eps)
         return rows.movedim(-1, 0).contiguous()
@@ -99,18 +101,18 @@ class BatchNorm(nn.modules.batchnorm._NormBase):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(_size(size), eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.features = require_features(features)
+        self.features, self.first = features, is_first(features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each feature: [C, ...] or [..., C], to the same shape; running statistics follow in training."""
-        _require_size(x, self.num_features, self.features)
+        require_features("x", x, self.num_features, "features", self.features)
         batch = self.training or self.running_mean is None
         follows = self.training and self.track_running_stats
         momentum = self._momentum() if follows else 0.0
         kept = not self.training or self.track_running_stats
         running = (self.running_mean, self.running_var) if kept else (None, None)
         # Channels are the second dimension to torch: with a first one of size one nothing moves.
-        seen = x.reshape((1, self.num_features, -1) if self.features == "first" else (-1, self.num_features))
+        seen = x.reshape((1, self.num_features, -1) if self.first else (-1, self.num_features))
         y = F.batch_norm(seen, *running, self.weight, self.bias, batch, momentum, self.eps)
         return y.reshape(x.shape)
 
@@ -129,12 +131,6 @@ def _size(size: int) -> int:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"size must be a positive int, got {size!r}")
     return size
-
-
-def _require_size(x: Tensor, size: int, features: Features) -> None:
-    if x.dim() < 1 or x.shape[0 if features == "first" else -1] != size:
-        wanted = f"[{size}, ...]" if features == "first" else f"[..., {size}]"
-        raise ValueError(f"x must be {wanted} (features={features!r}), got shape {tuple(x.shape)}")
 
 
 # Weight norm.
@@ -182,20 +178,16 @@ class WeightNorm(nn.Module):
 
     def forward(self, gain: Tensor, v: Tensor) -> Tensor:
         """Gains times v / |v|, in v's dtype."""
-        wide = _carried(v)
-        scale = _carried(gain) * self._squares(wide).rsqrt()
+        wide = v.to(carrier_of(v))
+        scale = gain.to(carrier_of(gain)) * self._squares(wide).rsqrt()
         return (wide * spread(scale, self.layout)).to(v.dtype)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The gains and v that give a weight: its norms, and itself."""
-        return self._squares(_carried(weight)).sqrt().to(weight.dtype), weight
+        return self._squares(weight.to(carrier_of(weight))).sqrt().to(weight.dtype), weight
 
     def _squares(self, v: Tensor) -> Tensor:
         return column_sums(v.square(), self.layout).clamp(min=self.eps)
-
-
-def _carried(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def column_sums(w: Tensor, layout: BlockLayout) -> Tensor:

@@ -91,7 +91,7 @@ def matmul(
     Source: docs/sparse.md; openai/blocksparse (Gray, Radford, Kingma 2017).
     """
     operands = _operands(layout, features, gate, x=(x, x_format), w=(w, w_format))
-    _require_features("x", x, layout.inputs, "inputs", features)
+    require_features("x", x, layout.inputs, "inputs", features)
     words = (seed, offset, generator)
     if out_format is None:
         require_no_cast(False, statistics)
@@ -127,7 +127,7 @@ def input_grad(
     Args, results and errors are those of `matmul`, with dy [..., outputs] or [outputs, ...] for x.
     """
     operands = _operands(layout, features, gate, dy=(dy, dy_format), w=(w, w_format))
-    _require_features("dy", dy, layout.outputs, "outputs", features)
+    require_features("dy", dy, layout.outputs, "outputs", features)
     words = (seed, offset, generator)
     if out_format is None:
         require_no_cast(False, statistics)
@@ -223,7 +223,7 @@ def _operands(
 ) -> _Operands:
     """The operands of a product, checked: the first by features, the second weights."""
     _require_layout(layout)
-    first = _is_first(features)
+    first = is_first(features)
     (left_name, left), (right_name, right) = operands.items()
     x, x_fields = _operand(left_name, *left)
     w, w_fields = _operand(right_name, *right)
@@ -260,13 +260,13 @@ def _update_operands(
 ) -> _Operands:
     """One pair of an update, checked."""
     _require_layout(layout)
-    first = _is_first(features)
+    first = is_first(features)
     (x, x_fields), (dy, dy_fields) = _operand("x", x, x_format), _operand("dy", dy, dy_format)
     values = _common(("x", x, x_fields), ("dy", dy, dy_fields))
     _require_gate(gate, layout, x)
     for name, tensor, size, which in (("x", x, layout.inputs, "inputs"), ("dy", dy, layout.outputs, "outputs")):
         _require_dimension(name, tensor)
-        _require_features(name, tensor, size, which, features)
+        require_features(name, tensor, size, which, features)
     (flat_x, rest), (flat_dy, rest_of_dy) = blocksparse.flatten(x, first), blocksparse.flatten(dy, first)
     if rest != rest_of_dy:
         raise ValueError(f"x and dy of a pair must have the same tokens, got {tuple(x.shape)} and {tuple(dy.shape)}")
@@ -293,7 +293,8 @@ def _require_layout(layout: object) -> None:
         raise TypeError(f"layout must be a BlockLayout, got {type(layout).__name__}")
 
 
-def _is_first(features: object) -> bool:
+def is_first(features: object) -> bool:
+    """Whether features are the first dimension; ValueError for what says neither that nor that they are the last."""
     if features not in FEATURES:
         raise ValueError(f'features must be "last" for (N, C) or "first" for (C, N), got {features!r}')
     return features == "first"
@@ -337,13 +338,14 @@ def _require_dimension(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have at least one dimension, that of its features")
 
 
-def _require_features(name: str, x: Tensor, size: int, which: str, features: str) -> None:
+def require_features(name: str, x: Tensor, size: int, which: str, features: str) -> None:
+    """ValueError for a tensor that does not have so many inputs or outputs where its features are to be."""
     dim, other = (0, -1) if features == "first" else (-1, 0)
-    if x.shape[dim] == size:
+    if x.dim() and x.shape[dim] == size:
         return
-    mixed = " (its other side has as many: are features the other axis?)" if x.shape[other] == size else ""
+    mixed = " (its other side has as many: are features the other axis?)" if x.dim() and x.shape[other] == size else ""
     raise ValueError(
-        f'{name} must have the layout\'s {size} {which} in its {features} dimension (features="{features}"), got shape '
+        f'{name} must have {size} {which} in its {features} dimension (features="{features}"), got shape '
         f"{tuple(x.shape)}{mixed}"
     )
 

@@ -249,7 +249,11 @@ def test_repr() -> None:
 
 ERRORS: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "layout must be a BlockLayout, got Tensor", lambda: Linear(torch.ones(2, 2))),
-    (ValueError, "features must be 'last' or 'first', got 'middle'", lambda: Linear(layout_of(), features="middle")),
+    (
+        ValueError,
+        r'features must be "last" for \(N, C\) or "first" for \(C, N\), got .middle.',
+        lambda: Linear(layout_of(), features="middle"),
+    ),
     (
         ValueError,
         r"gate must be True, False or floats \[6\], one per block, got torch.float32 \(2,\)",
@@ -258,17 +262,17 @@ ERRORS: list[tuple[type[Exception], str, Any]] = [
     (ValueError, "gate must be finite", lambda: Linear(layout_of(), gate=torch.full((6,), torch.inf))),
     (
         ValueError,
-        r"x must be \[..., 24\] \(features='last'\), got shape \(24, 5\); for these there is features='first'",
+        r'x must have 24 inputs in its last dimension \(features="last"\), got shape \(24, 5\) \(its other',
         lambda: Linear(layout_of())(torch.ones(24, 5)),
     ),
     (
         ValueError,
-        r"x must be \[24, ...\] \(features='first'\), got shape \(5, 24\); for these there is features='last'",
+        r'x must have 24 inputs in its first dimension \(features="first"\), got shape \(5, 24\) \(its other',
         lambda: Linear(layout_of(), features="first")(torch.ones(5, 24)),
     ),
     (
         ValueError,
-        r"x must be \[..., 24\] \(features='last'\), got shape \(\)$",
+        r'x must have 24 inputs in its last dimension \(features="last"\), got shape \(\)$',
         lambda: Linear(layout_of())(torch.ones(())),
     ),
     (
@@ -290,12 +294,12 @@ ERRORS: list[tuple[type[Exception], str, Any]] = [
     (ValueError, "size must be a positive int, got 0", lambda: LayerNorm(0)),
     (
         ValueError,
-        r"x must be \[5, ...\] \(features='first'\), got shape \(3, 5\)",
+        r"x must have 5 features in its first dimension .*, got shape \(3, 5\) \(its other side has as many",
         lambda: LayerNorm(5, "first")(torch.ones(3, 5)),
     ),
     (
         ValueError,
-        r"x must be \[..., 5\] \(features='last'\), got shape \(5, 3\)",
+        r"x must have 5 features in its last dimension .*, got shape \(5, 3\) \(its other side has as many",
         lambda: BatchNorm(5, "last")(torch.ones(5, 3)),
     ),
     (ValueError, "Expected more than 1 value per channel", lambda: BatchNorm(5)(torch.ones(5, 1))),
@@ -316,7 +320,7 @@ ERRORS: list[tuple[type[Exception], str, Any]] = [
     ),
     (
         ValueError,
-        r"x must be \[24, ...\].*; for these there is features='last'",
+        r"x must have 24 inputs in its first dimension .* \(its other side has as many",
         lambda: Conv2d(layout_of())(torch.ones(2, 5, 5, 24)),
     ),
     (ValueError, "kernel_size must be an int from 1 up, or a pair of them, got 0", lambda: Conv2d(layout_of(), 0)),
