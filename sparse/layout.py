@@ -117,11 +117,13 @@ class BlockLayout:
         """The tables of this layout on a device, made once."""
         key = str(torch.device(device))
         tables = self._tables.get(key)
-        if tables is None:
-            tables = tables_of(self.mask.to(device), self.blocks, self.block)
-            if not torch.compiler.is_compiling():
-                self._tables[key] = tables
-        return tables
+        if tables is not None:
+            return tables
+        if torch.compiler.is_compiling():
+            return tables_of(self.mask.to(device), self.blocks, self.block)
+        with torch.inference_mode(False):  # those who come later may want gradients
+            self._tables[key] = tables_of(self.mask.to(device), self.blocks, self.block)
+        return self._tables[key]
 
     # Its weights.
 

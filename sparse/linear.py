@@ -154,7 +154,8 @@ class Linear(nn.Module):
         """Have the mask, and tables of this layer's own, on the device that the layer is on."""
         self.mask.copy_(self.layout.mask)
         made = self.layout.tables(self.mask.device)
-        self._tables = Tables(made.fprop.clone(), made.bprop.clone(), made.update.clone(), made.shape)
+        with torch.inference_mode(False):
+            self._tables = Tables(made.fprop.clone(), made.bprop.clone(), made.update.clone(), made.shape)
 
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -219,6 +219,17 @@ def test_a_layout_changes_under_compiled_code(device: torch.device) -> None:
     assert len(graphs) == 1
 
 
+def test_inference_mode_leaves_nothing_behind() -> None:
+    layer, layout = Linear(layout_of()), layout_of()
+    x = normal(5, layer.inputs)
+    with torch.inference_mode():
+        layer.cpu()(x)
+        sparse.matmul(x, layer.weight, layout)
+    layer(x).sum().backward()
+    sparse.matmul(x, layer.weight, layout).sum().backward()
+    layer.set_layout(moved(layout))
+
+
 @pytest.mark.gpu
 def test_a_captured_graph_follows_the_layout() -> None:
     layer = Linear(layout_of(), device="cuda")
