@@ -154,7 +154,8 @@ class Rewiring:
         stay = layout.blocks - round(self.fraction(self._steps) * layout.blocks)
         strength = energies(self._master(site.weight))
         i, j = layout.coordinates.unbind(1)
-        kept = (i * layout.shape[1] + j)[best(strength, torch.ones_like(strength, dtype=torch.bool), stay)]
+        strongest = best(strength, torch.ones_like(strength, dtype=torch.bool), stay)
+        kept = (i * layout.shape[1] + j)[strongest.to(i.device)]
         mask = torch.zeros_like(layout.mask.flatten()).index_fill(0, kept, True)
         grown = best(scores.flatten(), ~mask, layout.blocks - stay)
         return BlockLayout(mask.index_fill(0, grown, True).view(layout.shape), layout.block, blocks=layout.blocks)

@@ -36,14 +36,15 @@ def perceptron(features: str = "last", gate: bool = False) -> nn.Sequential:
     )
 
 
-def batch(model: nn.Module, step: int, features: str = "last") -> Tensor:
+def batch(step: int, features: str = "last") -> Tensor:
     x = torch.randn(11, 40, generator=torch.Generator().manual_seed(step), dtype=DTYPE)
     return x.T if features == "first" else x
 
 
 def train(model: nn.Module, optimizer: Optimizer, step: int, features: str = "last") -> None:
     optimizer.zero_grad()
-    model(batch(model, step, features)).square().mean().backward()
+    x = batch(step, features).to(next(model.parameters()).device)
+    model(x).square().mean().backward()
     optimizer.step()
 
 
@@ -84,8 +85,8 @@ def where(layout: sparse.BlockLayout) -> Tensor:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("score", ["gradient", "random"])
-def test_what_stays_keeps_all_that_it_has(name: str, score: str) -> None:
-    model = perceptron()
+def test_what_stays_keeps_all_that_it_has(name: str, score: str, device: torch.device) -> None:
+    model = perceptron().to(device)
     optimizer = OPTIMIZERS[name](model)
     rewiring = sparse.Rewiring(model, optimizer, every=3, until=10, share=0.5, score=score)
     parameters, fresh = list(map(id, model.parameters())), 0
@@ -161,7 +162,7 @@ def test_all_calls_of_a_step_count() -> None:
     for model, sizes in ((whole, [11]), (parts, [4, 7])):
         optimizer = OPTIMIZERS["momentum"](model)
         rewiring = sparse.Rewiring(model, optimizer, every=1, until=5)
-        for x in batch(model, 3).split(sizes):
+        for x in batch(3).split(sizes):
             model(x).square().sum().backward()
         optimizer.step()
         results.append([change.after for change in rewiring.step()])
@@ -253,7 +254,7 @@ def test_it_waits_for_a_finite_gradient() -> None:
     rewiring = sparse.Rewiring(model, optimizer, every=2, until=9)
     train(model, optimizer, 1)
     assert not rewiring.step()
-    (model(batch(model, 2)).sum() * math.inf).backward()  # as with a loss scale that is too large
+    (model(batch(2)).sum() * math.inf).backward()  # as with a loss scale that is too large
     assert not rewiring.step()
     optimizer.zero_grad()
     train(model, optimizer, 3)

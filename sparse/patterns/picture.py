@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
@@ -39,7 +40,8 @@ def draw_patterns(masks: Mapping[str, Tensor], path: Path, *, steps: int = 6) ->
     tallest = max(min(2.8 * len(mask) / mask.shape[1], 3.4) for mask in masks.values())
     heights = [tallest + 0.6, 2.2, *[2.5] * bool(mixed)]
     with style():
-        figure = Figure(figsize=(max(3.3 * len(masks), 5.2), sum(heights) + 0.5), layout="constrained")
+        room = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.06)
+        figure = Figure(figsize=(max(3.3 * len(masks), 5.2), sum(heights) + 0.8), layout=room)
         grid = figure.add_gridspec(len(heights), len(masks), height_ratios=heights)
         classes = _classes(masks.values())
         for column, (name, mask) in enumerate(masks.items()):
