@@ -1,0 +1,146 @@
+"""One arm of the study: a net for each seed, trained, scored now and then, and scored at the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import lowprec as lp
+from lowprec import sparse
+from lowprec.policy import Policy
+from lowprec.studies import record
+from lowprec.studies.capacity import cell
+from lowprec.studies.engine import Stop
+from lowprec.studies.residual.config import FULL, Arm, Config
+from lowprec.studies.residual.model import Residual, build
+from lowprec.studies.residual.task import Batch, Task, task_of
+from lowprec.studies.train import Plan, learning_rate
+
+POINTS = 10
+"""How often a net is scored on its way; it can stop after each."""
+
+
+def run(config: Config, arm: Arm, folder: Path, stop: Stop) -> None:
+    """Train and score every seed of an arm; those that are done already stay."""
+    device = torch.device(config.device)
+    set_up(device)
+    for seed in range(config.seeds):
+        if not (folder / f"seed-{seed}.json").exists():
+            record.rewind(folder / "metrics.jsonl", seed * config.updates)
+            result = train(config, arm, seed, device, folder, stop)
+            if result is None:
+                return
+            record.write_json(folder / f"seed-{seed}.json", result)
+    results = [record.read_json(folder / f"seed-{seed}.json") for seed in range(config.seeds)]
+    record.write_json(folder / "result.json", {"arm": str(arm), "seeds": results})
+
+
+def set_up(device: torch.device) -> None:
+    """Strict float32, and one thread of a process on a CPU."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+    else:
+        torch.set_num_threads(1)
+
+
+def train(config: Config, arm: Arm, seed: int, device: torch.device, folder: Path, stop: Stop) -> record.Json | None:
+    """Train and score one net; None where it was stopped.
+
+    Raises:
+        ValueError: for a loss that is no longer finite.
+    """
+    task = task_of(config, seed, device)
+    net = build(config, arm, task, seed).to(device)
+    run = Run(config, arm, task, net)
+    before, curve, seconds = masks(net), [], 0.0
+    for point in range(POINTS):
+        began, first, last = time.perf_counter(), *(config.updates * each // POINTS for each in (point, point + 1))
+        loss = run.advance(first, last)
+        seconds += time.perf_counter() - began
+        if not math.isfinite(loss):
+            raise ValueError(f"{folder.name}: the loss is no longer finite at update {last}; try a smaller lr")
+        curve.append({"update": last, "loss": loss} | run.score(task.held()))
+        speed = round((last - first) * config.batch / (time.perf_counter() - began))
+        line = {"update": seed * config.updates + last, "seed": seed, "speed": speed}
+        record.append(folder / "metrics.jsonl", curve[-1] | line)
+        if stop() and last < config.updates:
+            return None
+    clean = {"clean": run.score(task.clean())["error"]} if config.on_digits else {}
+    return {
+        "seed": seed,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "width": net.enter.out_features,
+        "curve": curve,
+        **{key: curve[-1][key] for key in ("error", "bits")},
+        **clean,
+        "moved": run.moved,
+        "masks": {"before": before, "after": masks(net)} if before and not seed else None,
+        "seconds": round(seconds, 1),
+        "device": record.device_name(device),
+    }
+
+
+class Run:
+    """A net in training."""
+
+    def __init__(self, config: Config, arm: Arm, task: Task, net: Residual) -> None:
+        self.config, self.task, self.net = config, task, net
+        self.device = net.enter.weight.device
+        self.policy = None if arm.format == FULL else Policy.recipe(arm.format)
+        if self.policy:
+            lp.wrap(net, self.policy, strict=True)
+        self.plan = Plan(config.updates, config.lr, config.warmup, math.inf, 0.0)
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
+        self.moved = 0
+        self.rewiring = rewiring_of(config, net, self.optimizer) if arm.learned else None
+
+    def advance(self, first: int, last: int) -> float:
+        """Make some updates; their mean loss in bits."""
+        total = torch.zeros((), device=self.device)
+        for update in range(first, last):
+            rate = float(learning_rate(self.plan, torch.tensor(update, dtype=torch.float64)))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            total += self.update(update)
+        return float(total) / max(last - first, 1) / math.log(2)
+
+    def update(self, number: int) -> Tensor:
+        """One update; its loss."""
+        rows, truth = self.task.batch(number, self.config.batch)
+        with self.container():
+            logits = self.net(rows)
+        loss = cross_entropy(logits.float(), truth)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def container(self) -> AbstractContextManager[None]:
+        """bfloat16 for the operands on a GPU, where it holds all that is rounded."""
+        dtype = cell.container(self.policy, self.device)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    @torch.no_grad()
+    def score(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Percentage of rows whose class is not the likeliest, and bits of a row's class."""
+        wrong, nats, count = (torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(3))
+        for rows, truth in batches:
+            with self.container():
+                logits = self.net(rows).float()
+            wrong += (logits.argmax(1) != truth).sum()
+            nats += cross_entropy(logits, truth, reduction="sum")
+            count += len(truth)
+        return {"error": float(100 * wrong / count), "bits": float(nats / count) / math.log(2)}
+
+
+def masks(net: nn.Module) -> list[list[str]]:
+    """The mask of each hidden layer as rows of 0 and 1; none of a dense net."""
+    layers = [layer.layout.mask.tolist() for layer in net.modules() if isinstance(layer, sparse.Linear)]
+    return [["".join(str(int(present)) for present in row) for row in mask] for mask in layers]
