@@ -32,7 +32,7 @@ $(VENV): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "lowprec needs Python 3.11 or newer; this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
 	test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(PIP) scikit-build-core cmake ninja
-	$(PIP) --no-build-isolation --editable '.[test,dev]'
+	$(PIP) --no-build-isolation --editable '.[test,dev,studies]'
 	@touch $@
 
 build: $(BUILT) ## compile the kernels into lowprec/_lib (CUDA too where nvcc is found)

@@ -55,7 +55,7 @@ class Residual(nn.Module):
             assert isinstance(linear, nn.Linear | sparse.Linear)
             linear.weight.normal_(generator=draws)
             linear.weight.mul_(_deviation(linear, len(self.hidden)))
-            linear.bias.zero_()
+            linear.bias.zero_()  # type: ignore[union-attr]
 
     def forward(self, rows: Tensor) -> Tensor:
         """Features [N, features] or symbols [N, window] -> logits [N, classes]."""

@@ -123,8 +123,9 @@ class Text:
     def held(self) -> Iterator[Batch]:
         last = len(self.test) - self.config.window
         count = min(self.config.scored, last)
-        for begin in range(0, count, self.config.batch):
-            spread = torch.arange(begin, min(begin + self.config.batch, count)) * last // count
+        rows = self.config.batch * self.config.wider
+        for begin in range(0, count, rows):
+            spread = torch.arange(begin, min(begin + rows, count)) * last // count
             yield self._windows(self.test, spread)
 
     def clean(self) -> Iterator[Batch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from lowprec.studies import record
 from lowprec.studies.capacity import cell
 from lowprec.studies.engine import Stop
 from lowprec.studies.residual.config import FULL, Arm, Config
-from lowprec.studies.residual.model import Residual, build
-from lowprec.studies.residual.task import Batch, Task, task_of
-from lowprec.studies.train import Plan, learning_rate
+from lowprec.studies.residual.model import build
+from lowprec.studies.residual.task import Batch, task_of
+from lowprec.studies.train import WARM_UP_RUNS, Plan, learning_rate
 
 POINTS = 10
 """How often a net is scored on its way; it can stop after each."""
@@ -56,71 +56,102 @@ def train(config: Config, arm: Arm, seed: int, device: torch.device, folder: Pat
     Raises:
         ValueError: for a loss that is no longer finite.
     """
-    task = task_of(config, seed, device)
-    net = build(config, arm, task, seed).to(device)
-    run = Run(config, arm, task, net)
-    before, curve, seconds = masks(net), [], 0.0
+    run = Run(config, arm, seed, device)
+    before, seconds, curve = masks(run.net), 0.0, []
     for point in range(POINTS):
         began, first, last = time.perf_counter(), *(config.updates * each // POINTS for each in (point, point + 1))
         loss = run.advance(first, last)
         seconds += time.perf_counter() - began
         if not math.isfinite(loss):
             raise ValueError(f"{folder.name}: the loss is no longer finite at update {last}; try a smaller lr")
-        curve.append({"update": last, "loss": loss} | run.score(task.held()))
+        curve.append({"update": last, "loss": loss} | run.score(run.task.held()))
         speed = round((last - first) * config.batch / (time.perf_counter() - began))
         line = {"update": seed * config.updates + last, "seed": seed, "speed": speed}
         record.append(folder / "metrics.jsonl", curve[-1] | line)
         if stop() and last < config.updates:
             return None
-    clean = {"clean": run.score(task.clean())["error"]} if config.on_digits else {}
-    return {
-        "seed": seed,
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "width": net.enter.out_features,
-        "curve": curve,
-        **{key: curve[-1][key] for key in ("error", "bits")},
-        **clean,
-        "moved": run.moved,
-        "masks": {"before": before, "after": masks(net)} if before and not seed else None,
-        "seconds": round(seconds, 1),
-        "device": record.device_name(device),
-    }
+    kept = {"masks": {"before": before, "after": masks(run.net)}} if before and not seed else {}
+    return {"seed": seed} | run.result() | {"curve": curve, "seconds": round(seconds, 1)} | kept
 
 
 class Run:
     """A net in training."""
 
-    def __init__(self, config: Config, arm: Arm, task: Task, net: Residual) -> None:
-        self.config, self.task, self.net = config, task, net
-        self.device = net.enter.weight.device
+    def __init__(self, config: Config, arm: Arm, seed: int, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.task = task_of(config, seed, device)
+        self.net = build(config, arm, self.task, seed).to(device)
         self.policy = None if arm.format == FULL else Policy.recipe(arm.format)
         if self.policy:
-            lp.wrap(net, self.policy, strict=True)
+            lp.wrap(self.net, self.policy, strict=True)
         self.plan = Plan(config.updates, config.lr, config.warmup, math.inf, 0.0)
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
+        self.captures = config.graph and device.type == "cuda"
+        rate = torch.tensor(config.lr, device=device) if self.captures else config.lr
+        self.optimizer = torch.optim.Adam(self.net.parameters(), rate, fused=True, capturable=self.captures)
+        self.learn = self._captured() if self.captures else self._learn
         self.moved = 0
-        self.rewiring = rewiring_of(config, net, self.optimizer) if arm.learned else None
+        self.rewiring = self._rewiring() if arm.learned else None
+
+    def _rewiring(self) -> sparse.Rewiring:
+        config = self.config
+        return sparse.Rewiring(
+            self.net, self.optimizer, until=config.last_rewiring, share=config.share, every=config.every
+        )
 
     def advance(self, first: int, last: int) -> float:
         """Make some updates; their mean loss in bits."""
         total = torch.zeros((), device=self.device)
-        for update in range(first, last):
-            rate = float(learning_rate(self.plan, torch.tensor(update, dtype=torch.float64)))
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            total += self.update(update)
+        for number in range(first, last):
+            total += self.update(number)
         return float(total) / max(last - first, 1) / math.log(2)
 
     def update(self, number: int) -> Tensor:
         """One update; its loss."""
-        rows, truth = self.task.batch(number, self.config.batch)
+        rate = float(learning_rate(self.plan, torch.tensor(number, dtype=torch.float64)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"].fill_(rate) if self.captures else rate
+        rows = self.config.rows(number)
+        learn = self.learn if rows == self.config.batch else self._learn  # rewiring hooks only what runs eagerly
+        loss = learn(*self.task.batch(number, rows))
+        for each in self.rewiring.step() if self.rewiring else ():
+            self.moved += int((each.after.mask & ~each.before.mask).sum())
+        return loss
+
+    def _learn(self, rows: Tensor, truth: Tensor) -> Tensor:
         with self.container():
             logits = self.net(rows)
         loss = cross_entropy(logits.float(), truth)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss.detach()
+
+    def _captured(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """`_learn` of one batch as a CUDA graph; the net and the optimizer are left as they were."""
+        before = [parameter.detach().clone() for parameter in self.net.parameters()]
+        batch = self.task.batch(0, self.config.batch)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_RUNS):
+                self._learn(*batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = self._learn(*batch)
+        with torch.no_grad():
+            for parameter, value in zip(self.net.parameters(), before, strict=True):
+                parameter.copy_(value)
+                for state in self.optimizer.state[parameter].values():
+                    state.zero_()
+
+        def replay(rows: Tensor, truth: Tensor) -> Tensor:
+            for place, given in zip(batch, (rows, truth), strict=True):
+                place.copy_(given)
+            graph.replay()
+            return loss
+
+        return replay
 
     def container(self) -> AbstractContextManager[None]:
         """bfloat16 for the operands on a GPU, where it holds all that is rounded."""
@@ -138,6 +169,13 @@ class Run:
             nats += cross_entropy(logits, truth, reduction="sum")
             count += len(truth)
         return {"error": float(100 * wrong / count), "bits": float(nats / count) / math.log(2)}
+
+    def result(self) -> record.Json:
+        """Scores and sizes at the end."""
+        clean = {"clean": self.score(self.task.clean())["error"]} if self.config.on_digits else {}
+        sizes = {"parameters": sum(p.numel() for p in self.net.parameters()), "width": self.net.enter.out_features}
+        more = {"moved": self.moved, "device": record.device_name(self.device)}
+        return sizes | self.score(self.task.held()) | clean | more
 
 
 def masks(net: nn.Module) -> list[list[str]]:

@@ -1,0 +1,147 @@
+"""The pictures: scores over updates, differences with their intervals, and masks before and after learning."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from lowprec.chart import COLOURS, GREY, INK, style
+from lowprec.studies.regression import Interval
+from lowprec.studies.residual.config import Arm
+from lowprec.studies.residual.summary import Summary
+
+MASK_COLOURS = ("#FFFFFF", "#8C8C8C", COLOURS[1], COLOURS[0])
+"""Of blocks that are absent, kept, dropped and grown."""
+
+
+def draw_arms(summary: Summary) -> bytes:
+    """A PNG: a panel of curves for each format; differences from the base, and of learned patterns from their start."""
+    formats = list(dict.fromkeys(Arm.parse(name).format for name in summary.config.arms))
+    with style():
+        rows = max(len(summary.config.arms) - 1, len(summary.learned()), 1)
+        figure = Figure(figsize=(5.6 * max(len(formats), 2), 5.6 + 0.34 * rows), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=[3.6, 1.2 + 0.34 * rows], squeeze=False)[:, 0]
+        panels = above.subplots(1, len(formats), sharey=True, squeeze=False)[0]
+        for axes, format in zip(panels, formats, strict=True):
+            _curves(axes, summary, format)
+        left, right = below.subplots(1, 2)
+        _against_base(left, summary)
+        _learned(right, summary)
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        return file.getvalue()
+
+
+def _curves(axes: Axes, summary: Summary, format: str) -> None:
+    patterns = list(dict.fromkeys(Arm.parse(name).pattern for name in summary.config.arms))
+    for name in summary.config.arms:
+        arm = Arm.parse(name)
+        if arm.format == format:
+            updates, means = summary.curve(name, summary.score)
+            look: dict[str, Any] = {
+                "color": COLOURS[patterns.index(arm.pattern)],
+                "linestyle": "--" if arm.learned else "-",
+            }
+            axes.plot(updates, [each.estimate for each in means], linewidth=1.5, **look)
+            if means[0].bounded:
+                low, high = ([max(limit, 1e-9) for limit in limits] for limits in _limits(means))
+                axes.fill_between(updates, low, high, color=look["color"], alpha=0.10, linewidth=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(labelleft=True, which="both")
+    axes.set_xlabel("updates")
+    axes.set_ylabel("error %, held out, under noise" if summary.score == "error" else "bits per character, test")
+    axes.set_title(f"{format}: mean of {summary.config.seeds} seeds, 95%")
+    axes.grid(True)
+    handles = [Line2D([], [], color=COLOURS[i], linestyle="-", label=pattern) for i, pattern in enumerate(patterns)]
+    if summary.learned():
+        handles.append(Line2D([], [], color=INK, linestyle="--", label="learned from there"))
+    axes.legend(handles=handles)
+
+
+def _limits(means: Sequence[Interval]) -> tuple[list[float], list[float]]:
+    return [each.low for each in means], [each.high for each in means]
+
+
+def _against_base(axes: Axes, summary: Summary) -> None:
+    found = summary.equalities()
+    margin = summary.config.margin
+    axes.axvspan(-margin, margin, color=GREY, alpha=0.15, linewidth=0)
+    for row, each in enumerate(found):
+        _difference(axes, row, each.difference, COLOURS[0])
+        if each.within.bounded:
+            axes.plot([each.within.low, each.within.high], [row, row], color=COLOURS[0], linestyle="-", linewidth=4)
+    _finish(axes, [each.arm for each in found])
+    axes.set_xlabel(f"{summary.unit} more than {summary.base}")
+    axes.set_title(f"Against the dense net; grey: ±{margin:g}, thick: 90%")
+
+
+def _learned(axes: Axes, summary: Summary) -> None:
+    found = summary.learned()
+    for row, gain in enumerate(found):
+        _difference(axes, row, gain.score, COLOURS[2])
+    _finish(axes, [gain.other for gain in found])
+    axes.set_xlabel(f"{summary.unit} more than the fixed start")
+    axes.set_title("Learned less fixed, by where it began")
+
+
+def _difference(axes: Axes, row: int, effect: Interval, colour: str) -> None:
+    margin = effect.high - effect.estimate if effect.bounded else 0.0
+    axes.errorbar(effect.estimate, row, xerr=margin, color=colour, marker="o", markersize=5, capsize=3, linestyle="")
+
+
+def _finish(axes: Axes, names: list[str]) -> None:
+    axes.axvline(0, color=INK, linestyle="-", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    axes.grid(axis="x")
+
+
+def draw_masks(summary: Summary) -> bytes | None:
+    """A PNG of seed 0: two rows of masks for each learned arm, a column for each layer; None without such arms."""
+    arms = [name for name in summary.config.arms if Arm.parse(name).learned]
+    if not arms:
+        return None
+    layers = summary.config.layers
+    with style():
+        figure = Figure(figsize=(1.15 * layers + 0.6, 2.75 * len(arms) + 0.6), layout="constrained")
+        rows = figure.subplots(2 * len(arms), layers, squeeze=False)
+        for index, arm in enumerate(arms):
+            _mask_rows(rows[2 * index], rows[2 * index + 1], summary, arm)
+        names = ("absent", "there before and after", "dropped", "grown")
+        handles = [
+            Patch(facecolor=colour, edgecolor=GREY, label=name)
+            for colour, name in zip(MASK_COLOURS, names, strict=True)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4)
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        return file.getvalue()
+
+
+def _mask_rows(above: Sequence[Axes], below: Sequence[Axes], summary: Summary, arm: str) -> None:
+    masks = summary.nets(arm)[0]["masks"]
+    for layer, (first, last) in enumerate(zip(masks["before"], masks["after"], strict=True)):
+        before, after = (np.array([[int(bit) for bit in row] for row in mask]) for mask in (first, last))
+        _mask(above[layer], before + (before & ~after & 1), f"layer {layer + 1}")
+        _mask(below[layer], after + 2 * (after & ~before & 1), "")
+    above[0].text(0, 1.32, arm, transform=above[0].transAxes, fontsize=10, fontweight="bold")
+    above[0].set_ylabel("before", fontsize=9)
+    below[0].set_ylabel("after", fontsize=9)
+
+
+def _mask(axes: Axes, kinds: np.ndarray, title: str) -> None:
+    axes.imshow(kinds, cmap=ListedColormap(MASK_COLOURS), vmin=0, vmax=3, interpolation="nearest")
+    axes.set_title(title, fontsize=9, fontweight="normal")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[["top", "right"]].set_visible(True)
