@@ -19,10 +19,11 @@ import matplotlib
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lowprec.formats import FloatFormat
 from lowprec.ruler import detail, magnitudes
@@ -68,6 +69,13 @@ _SETTINGS: Any = {
 def style() -> contextlib.AbstractContextManager[None]:
     """Settings under which every chart is drawn and saved, for a `with` block; after it the caller's are back."""
     return matplotlib.rc_context(_SETTINGS)
+
+
+def logarithmic(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 of each power of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 @dataclass(frozen=True)

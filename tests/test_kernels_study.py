@@ -125,19 +125,21 @@ def test_speeds_and_their_growth() -> None:
     assert log2(curve.doubling.estimate) == pytest.approx(0.5)
     assert [ratio.estimate for ratio in curve.of_dense] == pytest.approx([0.5, 4 / 2**0.5, 16.0])
     assert curve.dense == pytest.approx([1e9, 1e9 / 4, 1e9 / 16], rel=1e-3)
-    growth, against = findings(summary)
-    assert "it grows with width" in growth
-    assert "faster than the dense layer from 25% down; 16 " in against
+    [line] = findings(summary)
+    assert line == (
+        "fprop, fp8, N = 8: speed grows with width for b = 16; faster than a dense layer from 25% down for b = 16."
+    )
 
 
 def test_findings_claim_no_more_than_the_intervals_show() -> None:
-    flat = findings(_summary(lambda block, w, r: 1.0 + (0.3 * r * w if block else 0.0)))
-    assert "no change is shown" in flat[0] or "it falls" in flat[0]
-    assert "not shown to be faster than the dense layer" in flat[1]
-    falling = findings(_summary(lambda block, w, r: (1.0 + 0.001 * r) * w))
-    assert "it falls with width" in falling[0]
-    single = as_json(_summary(lambda block, w, r: 1.0 * w, repeats=1))
-    assert single["curves"][0]["speed"][0]["low"] is None or single["curves"][0]["speed"][0]["low"] == 0
+    [flat] = findings(_summary(lambda block, w, r: 1.0 + (0.3 * r if block and w < 4 else 0.0)))
+    assert "no change of speed is shown for b = 16" in flat
+    assert "not shown to be faster than a dense layer for b = 16" in flat
+    [falling] = findings(_summary(lambda block, w, r: (1.0 + 0.001 * r) * w))
+    assert "speed falls with width for b = 16" in falling
+    [once] = as_json(_summary(lambda block, w, r: 1.0 * w, repeats=1))["curves"]
+    assert once["speed"][0]["high"] is None
+    assert once["faster_from"] is None
 
 
 @pytest.mark.parametrize(

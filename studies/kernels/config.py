@@ -17,8 +17,8 @@ QUICK: dict[str, Any] = {
     "widenings": (1.0, 2.0, 3.0, 5.5),
     "tokens": (32,),
     "kinds": ("bf16",),
-    "repeats": 3,
-    "rounds": 3,
+    "repeats": 4,
+    "rounds": 9,
     "device": "cpu",
 }
 """The small version: seconds on two CPU cores."""
@@ -39,7 +39,7 @@ class Config:
     features: str = setting("last", "last for (N, C), first for (C, N)")
     pattern: str = setting("barabasi_albert", "of the blocks; a name that sparse.patterns.build knows")
     repeats: int = setting(5, "runs of each width, each with a pattern of its own: seeds 0, 1, ...")
-    rounds: int = setting(7, "times that a run measures each product; it keeps the median")
+    rounds: int = setting(11, "times that a run measures each product; it keeps the median")
     device: str = setting("auto", "cpu, cuda or auto")
     cells: tuple[str, ...] = setting((), "only these widths now, as 7168; empty: all", how=True)
     workers: int = setting(1, "processes at a time; more than one measure each other", how=True)

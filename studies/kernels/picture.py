@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from lowprec.chart import COLOURS, DASHES, INK, style
+from lowprec.chart import COLOURS, DASHES, INK, logarithmic, style
 from lowprec.studies.kernels.summary import Curve, Summary
+from lowprec.studies.kernels.work import density_of
 from lowprec.studies.regression import Interval
 
 MARKERS = "osD^"
@@ -23,7 +24,7 @@ def draw(summary: Summary) -> bytes:
     lines = [(kind, tokens) for kind in config.kinds for tokens in config.tokens]
     with style():
         figure = Figure(figsize=(3.5 * len(config.ops) + 0.6, 3.1 * len(lines) + 1.1), layout="constrained")
-        panels = figure.subplots(len(lines), len(config.ops), squeeze=False, sharey="row", sharex=True)
+        panels = figure.subplots(len(lines), len(config.ops), squeeze=False, sharex=True)
         for (kind, tokens), line in zip(lines, panels, strict=True):
             for op, axes in zip(config.ops, line, strict=True):
                 _panel(axes, summary, op, kind, tokens)
@@ -46,21 +47,24 @@ def _panel(axes: Axes, summary: Summary, op: str, kind: str, tokens: int) -> Non
     for index, curve in enumerate(curves):
         _line(axes, summary, curve, index, unit)
     dense = [speed / unit for speed in curves[0].dense]
+    every = [*dense, *(speed.estimate / unit for curve in curves for speed in curve.speed)]
     axes.plot(summary.widths, dense, color=INK, linestyle="--", linewidth=1.3, marker="")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    logarithmic(axes.yaxis)
+    axes.set_ylim(min(every) / 2, 2 * max(every))  # an interval that reaches further is cut
     axes.xaxis.set_minor_locator(NullLocator())
-    shares = [f"{width}\n{100 / widening**2:.2g}%" for width, widening in _ticks(summary)]
+    shares = [f"{width}\n{density_of(widening)}" for width, widening in _ticks(summary)]
     axes.set_xticks([width for width, _ in _ticks(summary)], shares)
     axes.grid(axis="y")
     axes.set_title(f"{op}, {kind}, N = {tokens}")
 
 
 def _ticks(summary: Summary) -> list[tuple[int, float]]:
-    """Widths that have room for their label: each a quarter wider than the last."""
+    """Widths that have room for their label, from the largest down."""
     kept: list[tuple[int, float]] = []
-    for width, widening in zip(summary.widths, summary.config.widenings, strict=True):
-        if not kept or width >= 1.25 * kept[-1][0]:
+    for width, widening in reversed(list(zip(summary.widths, summary.config.widenings, strict=True))):
+        if not kept or 1.3 * width <= kept[-1][0]:
             kept.append((width, widening))
     return kept
 

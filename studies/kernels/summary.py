@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
-from math import exp2, log2
+from itertools import groupby, product
+from math import exp2, inf, log2
 from typing import NamedTuple
 
 import numpy as np
 
-from lowprec.studies.intervals import mean, plain, text
+from lowprec.studies.intervals import mean, plain
 from lowprec.studies.kernels.config import Config
+from lowprec.studies.kernels.work import density_of
 from lowprec.studies.record import Json
 from lowprec.studies.regression import Interval
 
@@ -31,10 +32,6 @@ class Curve(NamedTuple):
     speed: list[Interval]
     of_dense: list[Interval]
     doubling: Interval | None
-
-    @property
-    def name(self) -> str:
-        return f"{self.op}, {self.kind}, N = {self.tokens}, b = {self.block}"
 
     @property
     def dense(self) -> list[float]:
@@ -98,30 +95,51 @@ def _geometric(values: list[float]) -> Interval:
 
 
 def _exponential(interval: Interval) -> Interval:
-    return Interval(*(exp2(min(value, 1000.0)) for value in interval))
+    return Interval(*(exp2(value) if value < 1000 else inf for value in interval))
 
 
 # In words.
 
 
 def findings(summary: Summary) -> list[str]:
-    """The conclusions, each with its interval."""
-    return [line for curve in summary.curves for line in _of(curve, summary)]
+    """The conclusions: a line for each product, over its blocks."""
+    lines = []
+    for (op, kind, tokens), group in groupby(summary.curves, lambda curve: curve[:3]):
+        curves = list(group)
+        words = "; ".join(filter(None, (_said(curves, _growth), _faster(curves, summary.config))))
+        lines.append(f"{op}, {kind}, N = {tokens}: {words}.")
+    return lines
 
 
-def _of(curve: Curve, summary: Summary) -> Iterator[str]:
-    if curve.doubling:
-        low, high = curve.doubling.low, curve.doubling.high
-        verdict = "it grows with width" if low > 1 else "it falls with width" if high < 1 else "no change is shown"
-        yield f"{curve.name}: twice the width is {text(curve.doubling, '.2f')} times the speed; {verdict}."
+def _said(curves: list[Curve], say: Callable[[Curve], str]) -> str:
+    """What is said of each block; of those of which the same is said, together."""
+    said: dict[str, list[int]] = {}
+    for curve in curves:
+        said.setdefault(say(curve), []).append(curve.block)
+    return ", ".join(f"{words} for b = {', '.join(map(str, blocks))}" for words, blocks in said.items() if words)
+
+
+def _growth(curve: Curve) -> str:
+    if curve.doubling is None:
+        return ""
+    if curve.doubling.low > 1:
+        return "speed grows with width"
+    return "speed falls with width" if curve.doubling.high < 1 else "no change of speed is shown"
+
+
+def _faster(curves: list[Curve], config: Config) -> str:
+    slow = [curve for curve in curves if faster_from(curve, config) is None]
+    fast = [curve for curve in curves if curve not in slow]
+    shown = _said(fast, lambda curve: f"from {faster_from(curve, config)} down")
+    unshown = _said(slow, lambda curve: "not shown to be faster than a dense layer")
+    return "; ".join(filter(None, (shown and f"faster than a dense layer {shown}", unshown)))
+
+
+def faster_from(curve: Curve, config: Config) -> str | None:
+    """The density from which down a sparse layer is faster than a dense one as wide, beyond doubt."""
     faster = [ratio.low > 1 for ratio in curve.of_dense]
     first = next((i for i in range(len(faster)) if all(faster[i:])), None)
-    if first is None:
-        yield f"{curve.name}: not shown to be faster than the dense layer at the largest width."
-    else:
-        share = f"{100 / summary.config.widenings[first] ** 2:.2g}%"
-        largest = text(curve.of_dense[-1], ".3g")
-        yield f"{curve.name}: faster than the dense layer from {share} down; {largest} times at the largest width."
+    return None if first is None else density_of(config.widenings[first])
 
 
 def as_json(summary: Summary) -> Json:
@@ -129,7 +147,7 @@ def as_json(summary: Summary) -> Json:
     curves = [
         curve._asdict()
         | {"speed": [plain(each) for each in curve.speed], "of_dense": [plain(each) for each in curve.of_dense]}
-        | {"doubling": plain(curve.doubling) if curve.doubling else None}
+        | {"doubling": plain(curve.doubling), "faster_from": faster_from(curve, summary.config)}
         for curve in summary.curves
     ]
     return {"findings": findings(summary), "widths": summary.widths, "curves": curves}

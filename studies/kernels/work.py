@@ -39,6 +39,11 @@ _TILE = 1 << 20
 """Random numbers that are drawn; operands repeat them."""
 
 
+def density_of(widening: float) -> str:
+    """Of a layer with as many weights as the dense one, in words."""
+    return f"{100 / widening**2:.2g}%" if widening > 1 else "100%"
+
+
 @dataclass(frozen=True)
 class Work:
     """A product.
@@ -64,7 +69,7 @@ class Work:
     @property
     def density(self) -> str:
         """In words, as 25%."""
-        return f"{100 / self.widening**2:.2g}%" if self.widening > 1 else "100%"
+        return density_of(self.widening)
 
     @property
     def pairs(self) -> int:

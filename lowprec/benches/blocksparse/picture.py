@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 
 from lowprec.benches.blocksparse.cases import BLOCKS, ENDS, PATTERN, PRODUCTS
 from lowprec.benches.blocksparse.peers import BSR_NAME, DENSE_NAME
-from lowprec.chart import COLOURS, GREY, INK, style
+from lowprec.chart import COLOURS, GREY, INK, logarithmic, style
 from lowprec.studies.kernels.work import DENSE
 
 Row = dict[str, Any]
@@ -60,6 +60,7 @@ def _panel(axes: Axes, run: Row, op: str, tokens: int, kind: str) -> None:
     _line(axes, unit, _select(rows, "lowprec", kind, BLOCKS[-1]), "floor", color=GREY, linestyle="-", marker="")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    logarithmic(axes.yaxis)
     widths = {row["width"]: row["density"] for row in rows}
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(list(widths), [f"{width}\n{density}" for width, density in widths.items()])
