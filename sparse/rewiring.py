@@ -46,10 +46,10 @@ class Rewiring:
     - the optimizer's state of these, and the masters of a `lowprec.optim.LowPrecision`: kept blocks keep theirs, new
       ones start at zero.
 
-    Call `step()` after every `optimizer.step()`. Only when the next step is due do layers remember their input and the
+    Call `step()` after every `optimizer.step()`. Only when the next one is `due` do layers remember their input and the
     gradient of their output; on all others it costs nothing and never waits for the GPU. The due step itself must run
     eagerly: neither a captured CUDA graph nor compiled code calls hooks. Where its gradient is not finite, as when
-    GradScaler skips a step, the layer waits for the next step.
+    GradScaler skips a step, the layer waits for the next step. Weights are ordinary tensors, not sharded ones.
 
     Args:
         model: a module, or sparse layers by name or in a list. Layers whose weight needs no gradient are left alone.
@@ -115,6 +115,11 @@ class Rewiring:
                 self._apply(site, after)
         self._listen()
         return done
+
+    @property
+    def due(self) -> bool:
+        """Whether the step to come has to run eagerly, since layers need its gradient."""
+        return any(site.handles for site in self._sites)
 
     def fraction(self, step: int) -> float:
         """The share of blocks that move at a step: a cosine from `share` to zero at `until`."""

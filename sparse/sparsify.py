@@ -56,7 +56,7 @@ class SparsityReport:
 
     def __str__(self) -> str:
         before, after = (sum(getattr(each, name) for each in self.converted.values()) for name in ("before", "after"))
-        lines = [f"{len(self.converted)} layers are sparse: {after:,} of {before:,} weights, {after / before:.1%}"]
+        lines = [f"{_layers(self.converted)} sparse: {after:,} of {before:,} weights, {after / before:.1%}"]
         rows = [
             (path, each.pattern, f"{each.layout.inputs} -> {each.layout.outputs}", f"{each.layout.blocks} blocks of "
              f"{each.layout.block}", f"{each.layout.density:.1%}")
@@ -64,9 +64,7 @@ class SparsityReport:
         ]  # fmt: skip
         lines += _columns(rows)
         if self.left:
-            lines.append(
-                f"{len(self.left)} layers are as they were: {sum(e.weights for e in self.left.values()):,} weights"
-            )
+            lines.append(f"{_layers(self.left)} as before: {sum(e.weights for e in self.left.values()):,} weights")
             lines += _columns([(path, each.kind, f"{each.weights:,}", each.reason) for path, each in self.left.items()])
         return "\n".join(lines)
 
@@ -353,6 +351,10 @@ def _remember(model: nn.Module, converted: dict[str, Converted], left: dict[str,
 
 def _restored(converted: dict[str, Converted], left: dict[str, Left]) -> SparsityReport:
     return SparsityReport(MappingProxyType(converted), MappingProxyType(left))
+
+
+def _layers(listed: Mapping[str, object]) -> str:
+    return "1 layer is" if len(listed) == 1 else f"{len(listed)} layers are"
 
 
 def _columns(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import lowprec as lp
-from lowprec import reference
+from lowprec import reference, sparse
 from lowprec.accumulate import sum as sum_by_tree
 from lowprec.formats import float_format
 from lowprec.testing import assert_bits_equal
@@ -134,6 +134,31 @@ def mean(parts: Sequence[Tensor], accumulator: str, wire: str | None) -> Tensor:
     return torch.tensor(rounded, dtype=torch.float64).view(parts[0].shape).to(parts[0].dtype)
 
 
+def sparse_layer(device: torch.device) -> sparse.Linear:
+    """The same on every rank."""
+    torch.manual_seed(3)
+    layout = sparse.BlockLayout(sparse.patterns.balanced_random(6, 6, 0.3), 8)
+    return sparse.Linear(layout, dtype=torch.float64).to(device)
+
+
+def features(rank: int) -> Tensor:
+    return torch.randn(9, 48, generator=torch.Generator().manual_seed(70 + rank), dtype=torch.float64)
+
+
+def check_rewiring(device: torch.device) -> None:
+    """Learned layouts are the same on every rank, and those of one process that has every rank's batch."""
+    alone, shared = sparse_layer(device), sparse_layer(device)
+    ddp = DistributedDataParallel(shared, [device.index] if device.type == "cuda" else None)
+    group: Any = dist.group.WORLD
+    together = sparse.Rewiring(ddp, every=1, until=9, share=0.6, reduce="l2", group=group)
+    expected = sparse.Rewiring(alone, every=1, until=9, share=0.6, reduce="l2")
+    ddp(features(dist.get_rank()).to(device)).square().sum().backward()
+    alone(torch.cat([features(rank) for rank in _ranks()]).to(device)).square().sum().backward()
+    [change], [other] = together.step(), expected.step()
+    assert change.after == other.after != change.before
+    same_everywhere(shared.mask.view(-1), "the layout")
+
+
 def run(rank: int, count: int, folder: Path, backend: str) -> None:
     """One process's part."""
     torch.set_num_threads(1)
@@ -144,6 +169,7 @@ def run(rank: int, count: int, folder: Path, backend: str) -> None:
     try:
         check_sums(device)
         check_steps(device)
+        check_rewiring(device)
         dist.barrier()  # none hangs up while another still reads
     finally:
         dist.destroy_process_group()

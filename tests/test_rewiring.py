@@ -361,6 +361,23 @@ def test_compiled_layers_follow() -> None:
     torch.testing.assert_close(run(x), layer.to_dense()(x))
 
 
+def test_compiled_models_run_eagerly_when_a_step_is_due() -> None:
+    compiled, plain = perceptron(), perceptron()
+    run = torch.compile(compiled, backend="eager")
+    layouts = []
+    for model, call in ((compiled, run), (plain, plain)):
+        rewiring = sparse.Rewiring(model, every=3, until=9, share=0.5)
+        dues = []
+        for step in range(6):
+            dues.append(rewiring.due)
+            with torch.compiler.set_stance("force_eager" if rewiring.due else "default"):
+                call(batch(step)).square().mean().backward()
+            layouts.append([change.after for change in rewiring.step()])
+        assert dues == [False, False, True] * 2
+    assert layouts[:6] == layouts[6:]
+    assert torch.equal(run(batch(9)), compiled(batch(9)))
+
+
 def test_copies_of_a_model_are_on_their_own() -> None:
     model = perceptron()
     rewiring = sparse.Rewiring(model, every=1, until=9, score="random", share=1.0)

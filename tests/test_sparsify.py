@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 import re
 import subprocess
@@ -250,7 +249,7 @@ def test_weights_are_counted() -> None:
         "2 layers are sparse: 6,144 of 24,576 weights, 25.0%",
         "  0  watts_strogatz  64 -> 128   8 blocks of 16   25.0%",
         "  2  watts_strogatz  128 -> 128  16 blocks of 16  25.0%",
-        "1 layers are as they were: 1,280 weights",
+        "1 layer is as before: 1,280 weights",
         "  4  Linear  1,280  10 outputs: no multiple of 16",
     ]
 
@@ -392,8 +391,3 @@ def test_layers_load_without_pictures() -> None:
     script = "import sys, lowprec.sparse; print([name for name in sys.modules if name.startswith('matplotlib')])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_densities_of_masks_are_those_of_layouts() -> None:
-    mask = sparse.patterns.watts_strogatz(20, 30, 0.1)
-    assert math.isclose(sparse.BlockLayout(mask, 8).density, 0.1)
