@@ -20,6 +20,17 @@ def setting(default: Any, meaning: str, how: bool = False) -> Any:
     return field(default=default, metadata={"meaning": meaning, "how": how})
 
 
+def require(good: bool, name: str, wanted: str, got: object) -> None:
+    """ValueError where a setting is not good."""
+    if not good:
+        raise ValueError(f"{name} must be {wanted}, got {got!r}")
+
+
+def distinct(values: tuple[Any, ...]) -> bool:
+    """Whether there is a value, and none twice."""
+    return bool(values) and len(set(values)) == len(values)
+
+
 def what(config: Any) -> dict[str, Any]:
     """The settings that the numbers depend on."""
     return {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata["how"]}

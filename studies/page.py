@@ -1,7 +1,9 @@
-"""The parts of a results page that studies share: tables on the terminal and in Markdown, a run's circumstances."""
+"""What results pages of studies share: tables on the terminal, in Markdown and CSV, a run's circumstances."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -23,9 +25,19 @@ def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], left:
     return made
 
 
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int | None = None) -> list[str]:
+    """The lines of a table; given how many columns are on the left, the others are on the right."""
+    rule = ["---" if left is None or index < left else "---:" for index in range(len(heads))]
+    return ["| " + " | ".join(row) + " |" for row in (heads, rule, *rows)]
+
+
+def csv_of(columns: Sequence[str], rows: Iterable[Json]) -> str:
+    """A line for each row under a line of names; what rows have beside these columns is left out."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 def circumstances(saved: Json, devices: Iterable[str]) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from lowprec.studies import page
 
 Row = dict[str, Any]
 
@@ -47,12 +47,8 @@ def origin(record: Row) -> list[str]:
 
 def csv_of(record: Row, of_run: Sequence[str], of_row: Sequence[str]) -> str:
     """A line for each row: columns of its run, then its own."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, (*of_run, *of_row), extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for run in record["runs"]:
-        writer.writerows({key: run[key] for key in of_run} | row for row in run["rows"])
-    return file.getvalue()
+    rows = ({key: run[key] for key in of_run} | row for run in record["runs"] for row in run["rows"])
+    return page.csv_of((*of_run, *of_row), rows)
 
 
 def table(title: str, heads: Sequence[str], rows: Iterable[tuple[Sequence[str], bool]]) -> Table:
@@ -64,12 +60,6 @@ def table(title: str, heads: Sequence[str], rows: Iterable[tuple[Sequence[str], 
     for (*cells, verdict), ours in rows:
         result.add_row(*cells, verdict.replace("missed", "[bold]miss[/bold]"), style=None if ours else "dim")
     return result
-
-
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The same on a page."""
-    rule = "| --- " + "| ---: " * (len(heads) - 1) + "|"
-    return [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def close(record: Row, picture: str, out: object, console: Console) -> None:

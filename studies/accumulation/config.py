@@ -7,7 +7,7 @@ from typing import Any
 
 from lowprec.accumulator import Accumulator
 from lowprec.policy import recipes
-from lowprec.studies.options import setting
+from lowprec.studies.options import distinct, require, setting
 
 FULL = "fp32"
 """The training cell whose products are torch's own, and the recipe that rounds no operand."""
@@ -66,25 +66,25 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("draws", "seeds", "hidden", "embedding", "batch", "length", "updates", "lr"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+            require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("warmup", "workers", "minutes", "save"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name, known in (("parts", PARTS), ("shapes", SHAPES)):
             value = getattr(self, name)
-            _require(_distinct(value) and set(value) <= set(known), name, f"among {', '.join(known)}", value)
-        _require(self.steps >= 2, "steps", "at least 2", self.steps)
-        _require(self.chunk >= 2, "chunk", "at least 2", self.chunk)
-        _require(len(self.split) == 3 and min(self.split) > 0, "split", "three numbers above 0", self.split)
+            require(distinct(value) and set(value) <= set(known), name, f"among {', '.join(known)}", value)
+        require(self.steps >= 2, "steps", "at least 2", self.steps)
+        require(self.chunk >= 2, "chunk", "at least 2", self.chunk)
+        require(len(self.split) == 3 and min(self.split) > 0, "split", "three numbers above 0", self.split)
         rising = len(self.lengths) > 2 and list(self.lengths) == sorted(set(self.lengths)) and self.lengths[0] > 1
-        _require(rising, "lengths", "three or more ascending numbers above 1", self.lengths)
-        _require(self.elements >= self.lengths[-1], "elements", "at least the longest length", self.elements)
-        _require(2 <= self.ebits <= 7, "ebits", "from 2 to 7, which float32 holds", self.ebits)
+        require(rising, "lengths", "three or more ascending numbers above 1", self.lengths)
+        require(self.elements >= self.lengths[-1], "elements", "at least the longest length", self.elements)
+        require(2 <= self.ebits <= 7, "ebits", "from 2 to 7, which float32 holds", self.ebits)
         for name in ("bits", "training_bits"):
             value = getattr(self, name)
-            _require(_distinct(value) and all(1 <= m <= 20 for m in value), name, "distinct, from 1 to 20", value)
+            require(distinct(value) and all(1 <= m <= 20 for m in value), name, "distinct, from 1 to 20", value)
         known_recipes = (FULL, *recipes)
-        _require(self.recipe in known_recipes, "recipe", f"one of {', '.join(known_recipes)}", self.recipe)
-        _require(self.device in ("auto", "cpu", "cuda"), "device", "cpu, cuda or auto", self.device)
+        require(self.recipe in known_recipes, "recipe", f"one of {', '.join(known_recipes)}", self.recipe)
+        require(self.device in ("auto", "cpu", "cuda"), "device", "cpu, cuda or auto", self.device)
 
     def accumulator(self, shape: str, bits: int, rounding: str = "nearest_even") -> Accumulator:
         """The accumulator of a shape, all of whose levels have so many mantissa bits."""
@@ -92,12 +92,3 @@ class Config:
         return Accumulator.parse(
             {"chunked": f"chunk{self.chunk}:{level}/{level}", "pairwise": f"pairwise:{level}"}.get(shape, level)
         )
-
-
-def _require(good: bool, name: str, wanted: str, got: object) -> None:
-    if not good:
-        raise ValueError(f"{name} must be {wanted}, got {got!r}")
-
-
-def _distinct(values: tuple[Any, ...]) -> bool:
-    return bool(values) and len(set(values)) == len(values)

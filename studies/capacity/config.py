@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowprec.policy import recipes
-from lowprec.studies.options import setting
+from lowprec.studies.options import distinct, require, setting
 
 FULL = "fp32"
 """The format that rounds nothing."""
@@ -55,28 +55,19 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("seeds", "embedding", "batch", "length", "epochs", "lr", "clip", "margin"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+            require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("warmup", "workers", "minutes", "save"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _require(self.steps >= 2, "steps", "at least 2", self.steps)
-        _require(0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
-        _require(len(self.split) == 3 and min(self.split) > 0, "split", "three numbers above 0", self.split)
-        _require(_distinct(self.widths) and min(self.widths) > 0, "widths", "distinct numbers above 0", self.widths)
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        require(self.steps >= 2, "steps", "at least 2", self.steps)
+        require(0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
+        require(len(self.split) == 3 and min(self.split) > 0, "split", "three numbers above 0", self.split)
+        require(distinct(self.widths) and min(self.widths) > 0, "widths", "distinct numbers above 0", self.widths)
         known = (FULL, *recipes)
-        good = _distinct(self.formats) and set(self.formats) <= set(known)
-        _require(good, "formats", f"distinct names among {', '.join(known)}", self.formats)
-        _require(self.device in ("auto", "cpu", "cuda"), "device", "cpu, cuda or auto", self.device)
-        _require(set(self.cells) <= set(self.names()), "cells", f"among {', '.join(self.names())}", self.cells)
+        good = distinct(self.formats) and set(self.formats) <= set(known)
+        require(good, "formats", f"distinct names among {', '.join(known)}", self.formats)
+        require(self.device in ("auto", "cpu", "cuda"), "device", "cpu, cuda or auto", self.device)
+        require(set(self.cells) <= set(self.names()), "cells", f"among {', '.join(self.names())}", self.cells)
 
     def names(self) -> list[str]:
         """Every cell, in the order in which they run: a base and what is compared with it are neighbours."""
         return [f"{format}-{width}" for width in self.widths for format in self.formats]
-
-
-def _require(good: bool, name: str, wanted: str, got: object) -> None:
-    if not good:
-        raise ValueError(f"{name} must be {wanted}, got {got!r}")
-
-
-def _distinct(values: tuple[Any, ...]) -> bool:
-    return bool(values) and len(set(values)) == len(values)

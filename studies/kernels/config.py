@@ -8,7 +8,7 @@ from typing import Any
 from lowprec.sparse import patterns
 from lowprec.sparse.layout import BLOCKS
 from lowprec.studies.kernels.work import DTYPES
-from lowprec.studies.options import setting
+from lowprec.studies.options import distinct, require, setting
 
 OPS = ("fprop", "bprop", "update")
 
@@ -47,24 +47,24 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("repeats", "rounds", "workers"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+            require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("side", "minutes"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name, known in (("ops", OPS), ("kinds", tuple(DTYPES)), ("blocks", BLOCKS)):
             value = getattr(self, name)
             among = ", ".join(map(str, known))
-            _require(_distinct(value) and set(value) <= set(known), name, f"among {among}", value)
-        _require(_distinct(self.tokens) and min(self.tokens) > 0, "tokens", "distinct numbers above 0", self.tokens)
+            require(distinct(value) and set(value) <= set(known), name, f"among {among}", value)
+        require(distinct(self.tokens) and min(self.tokens) > 0, "tokens", "distinct numbers above 0", self.tokens)
         rising = list(self.widenings) == sorted(set(self.widenings)) and min(self.widenings, default=0) >= 1
-        _require(rising, "widenings", "ascending numbers from 1 on", self.widenings)
-        _require(self.features in ("last", "first"), "features", "last or first", self.features)
-        _require(self.device in ("auto", "cpu", "cuda"), "device", "cpu, cuda or auto", self.device)
+        require(rising, "widenings", "ascending numbers from 1 on", self.widenings)
+        require(self.features in ("last", "first"), "features", "last or first", self.features)
+        require(self.device in ("auto", "cpu", "cuda"), "device", "cpu, cuda or auto", self.device)
         kind = self.pattern.partition(":")[0]
-        _require(kind in patterns.NAMES, "pattern", f"one of {', '.join(patterns.NAMES)}", self.pattern)
+        require(kind in patterns.NAMES, "pattern", f"one of {', '.join(patterns.NAMES)}", self.pattern)
         largest = max(self.blocks)
         for widening in self.widenings if self.side else ():
             whole = self.side * widening % largest == 0
-            _require(whole, "side", f"so that blocks of {largest} divide every width", self.side)
+            require(whole, "side", f"so that blocks of {largest} divide every width", self.side)
 
     def width(self, widening: float) -> int:
         """Features of a layer, once `side` is known."""
@@ -73,12 +73,3 @@ class Config:
     def names(self) -> list[str]:
         """Every cell: a width."""
         return [str(self.width(widening)) for widening in self.widenings]
-
-
-def _require(good: bool, name: str, wanted: str, got: object) -> None:
-    if not good:
-        raise ValueError(f"{name} must be {wanted}, got {got!r}")
-
-
-def _distinct(values: tuple[Any, ...]) -> bool:
-    return bool(values) and len(set(values)) == len(values)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +11,7 @@ from lowprec.studies import record
 from lowprec.studies.kernels.config import Config
 from lowprec.studies.kernels.picture import draw
 from lowprec.studies.kernels.summary import Summary, as_json, faster_from, findings
-from lowprec.studies.page import circumstances, markdown, table
+from lowprec.studies.page import circumstances, csv_of, markdown, table
 from lowprec.studies.regression import Interval
 
 ROW = ("width", "repeat", "op", "kind", "tokens", "block", "flops", "seconds")
@@ -23,7 +21,7 @@ def write(config: Config, parts: list[Path], folder: Path, console: Console) -> 
     """Write results.json, results.csv, kernels.png and README.md, and show the table."""
     summary = Summary(config, [record.read_json(part / "result.json") for part in parts])
     record.write_json(folder / "results.json", as_json(summary))
-    record.write(folder / "results.csv", _csv(summary).encode())
+    record.write(folder / "results.csv", csv_of(ROW, _times(summary)).encode())
     record.write(folder / "kernels.png", draw(summary))
     record.write(folder / "README.md", _readme(summary, record.read_json(folder / "config.json")).encode())
     show(summary, console)
@@ -67,14 +65,9 @@ def _interval(interval: Interval, unit: float = 1.0) -> str:
     return f"{interval.estimate / unit:.3g}{margin}"
 
 
-def _csv(summary: Summary) -> str:
+def _times(summary: Summary) -> Iterator[record.Json]:
     """A line for each repeat of each product."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, ROW, lineterminator="\n")
-    writer.writeheader()
-    for cell in summary.cells:
-        writer.writerows({"width": cell["width"], **row} for row in cell["rows"])
-    return file.getvalue()
+    yield from ({"width": cell["width"], **row} for cell in summary.cells for row in cell["rows"])
 
 
 def _readme(summary: Summary, saved: record.Json) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lowprec.policy import recipes
 from lowprec.sparse import patterns
-from lowprec.studies.options import setting
+from lowprec.studies.options import require, setting
 
 FULL = "fp32"
 """The format that rounds nothing."""
@@ -101,19 +101,19 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "window", "embedding", "seeds", "batch", "updates", "lr", "every", "wider"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+            require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("copies", "scored"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+            require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("noise", "shift", "warmup", "margin", "workers", "minutes"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("density", "share", "until"):
-            _require(0 < getattr(self, name) <= 1, name, "above 0 and at most 1", getattr(self, name))
-        _require(self.width % self.block == 0, "width", f"a multiple of the block, {self.block}", self.width)
-        _require(len(self.split) == 3 and min(self.split) > 0, "split", "three numbers above 0", self.split)
-        _require(len(set(self.arms)) == len(self.arms) > 0, "arms", "distinct, and one at least", self.arms)
+            require(0 < getattr(self, name) <= 1, name, "above 0 and at most 1", getattr(self, name))
+        require(self.width % self.block == 0, "width", f"a multiple of the block, {self.block}", self.width)
+        require(len(self.split) == 3 and min(self.split) > 0, "split", "three numbers above 0", self.split)
+        require(len(set(self.arms)) == len(self.arms) > 0, "arms", "distinct, and one at least", self.arms)
         names = tuple(str(Arm.parse(arm)) for arm in self.arms)
-        _require(set(self.cells) <= set(names), "cells", f"among {', '.join(names)}", self.cells)
-        _require(self.device in ("auto", "cpu", "cuda"), "device", "cpu, cuda or auto", self.device)
+        require(set(self.cells) <= set(names), "cells", f"among {', '.join(names)}", self.cells)
+        require(self.device in ("auto", "cpu", "cuda"), "device", "cpu, cuda or auto", self.device)
 
     @property
     def on_digits(self) -> bool:
@@ -133,8 +133,3 @@ class Config:
     def blocks(self) -> int:
         """Blocks of features along one side of a layer."""
         return self.width // self.block
-
-
-def _require(good: bool, name: str, wanted: str, got: object) -> None:
-    if not good:
-        raise ValueError(f"{name} must be {wanted}, got {got!r}")

@@ -14,6 +14,7 @@ from lowprec.benches.accumulate.floor import INSTRUCTIONS, floor_of
 from lowprec.benches.accumulate.peers import DENSE
 from lowprec.benches.pages import Row
 from lowprec.studies import record as files
+from lowprec.studies.page import markdown
 from lowprec.timing import Seconds
 
 ON_GPU = {"exact": 2.4e12, "exact sums": 3.5e12, "stochastic": 1.5e12, "native": 20e12}
@@ -85,7 +86,7 @@ def _readme(record: Row) -> str:
 
 
 def _markdown(run: Row) -> list[str]:
-    return pages.markdown(_heads(run), ((row["row"], *cells(row, run)) for row in run["rows"]))
+    return markdown(_heads(run), ((row["row"], *cells(row, run)) for row in run["rows"]), left=1)
 
 
 def _heads(run: Row) -> list[str]:

@@ -15,6 +15,7 @@ from lowprec.benches.blocksparse.limits import floor
 from lowprec.benches.blocksparse.targets import bsr_name, dense_name, target
 from lowprec.benches.pages import Row
 from lowprec.studies import record as files
+from lowprec.studies.page import markdown
 from lowprec.timing import Seconds
 
 WORK = ("op", "kind", "features", "block", "tokens", "density", "width", "pattern")
@@ -62,7 +63,7 @@ def _readme(record: Row) -> str:
     for run in record["runs"]:
         lines += [f"## {heading(run)}", "", *(f"- {line}" for line in limits_of(run)), ""]
         for title, group in _groups(run):
-            lines += [f"### {title}", "", *pages.markdown(_heads(run), (cells(row, run) for row in group)), ""]
+            lines += [f"### {title}", "", *markdown(_heads(run), (cells(row, run) for row in group), left=1), ""]
         lines += [*(f"- {line}" for line in _remarks(run)), *pages.machine(run), ""]
     return "\n".join([*lines, "## How", "", *pages.origin(record), *_LEGEND, ""])
 

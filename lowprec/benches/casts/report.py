@@ -12,6 +12,7 @@ from lowprec.benches.casts.cases import BFLOAT16, FLOAT32, Case
 from lowprec.benches.casts.peers import cast_name, copy_name
 from lowprec.benches.pages import Row
 from lowprec.studies import record as files
+from lowprec.studies.page import markdown
 from lowprec.timing import Seconds
 
 OF_COPY = {"quantize": 0.92, "encode": 0.92, "decode": 0.92, "stochastic": 0.85, "block": 0.85, "statistics": 0.85}
@@ -75,7 +76,7 @@ def _readme(record: Row) -> str:
     """The record as a page."""
     lines = ["# Casts, timed", "", "![Speed of every row, as a share of a copy's](casts.png)", ""]
     for run in record["runs"]:
-        lines += [f"## {_heading(run)}", "", *pages.markdown(_heads(run), _rows(run)), ""]
+        lines += [f"## {_heading(run)}", "", *markdown(_heads(run), _rows(run), left=1), ""]
         lines += [*(f"- {line}" for line in pages.not_timed(run)), *pages.machine(run), ""]
     lines += ["## How", "", *pages.origin(record)]
     lines += ["- `lowprec bench casts`, medians; *copy*: bytes a second over those of a copy of float32"]
