@@ -4,13 +4,16 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "lowprec/accumulate_ops.h"
 #include "lowprec/launch.h"
 #include "lowprec/sparse_accumulate_kernel.h"
+#include "lowprec/sparse_accumulate_leaves.h"
 #include "lowprec/sparse_accumulate_operands.h"
 #include "lowprec/sparse_accumulate_single.h"
+#include "lowprec/sparse_accumulate_tiles.h"
 #include "lowprec/torch_stable.h"
 
 namespace lowprec {
@@ -215,10 +218,14 @@ struct Request {
     if (spec.leaf == Leaf::hopper_fp8 || spec.leaf == Leaf::hopper_fp16) {
       return {native ? *native_kind(format) : kind, model};
     }
-    return {kind, Form::carrier};
+    if (!is_tensor_core()) return {kind, Form::carrier};
+    return {kind, kind == ValueKind::float16 ? Form::half : Form::bfloat};
   }
 
+  bool is_tensor_core() const { return spec.leaf == Leaf::tensor_core; }
+
   bool is_hopper() const { return spec.leaf == Leaf::hopper_fp8 || spec.leaf == Leaf::hopper_fp16; }
+  bool has_leaves() const { return is_hopper() || is_tensor_core(); }
   bool is_double() const { return kind == ValueKind::float64; }
 
   /// One running sum of all terms in float32.
@@ -237,10 +244,11 @@ Request request_of(const Tensor& x, const Ints& accumulator, const MaybeTensor& 
   const Source source(seed, offset, 32);
   const bool native = spec.leaf == Leaf::hopper_fp8 && !gated && native_kind(left.format) && native_kind(right.format);
   Request call{spec, {device_word(x, source.seed), device_word(x, source.offset)}, kind, native};
-  STD_TORCH_CHECK(spec.leaf != Leaf::tensor_core, "tensor_core leaves of block-sparse products have no kernel");
+  STD_TORCH_CHECK(!call.is_tensor_core() || kind == ValueKind::float16 || kind == ValueKind::bfloat16,
+                  "tensor_core takes bfloat16 or float16 values, or codes that one of them holds");
   STD_TORCH_CHECK(!call.is_hopper() || !is_double, "the model of Hopper's tensor cores takes no float64");
   const int step = spec.leaf == Leaf::hopper_fp8 ? HopperFp8::step : HopperFp16::step;
-  STD_TORCH_CHECK(!call.is_hopper() || spec.terms % step == 0, "a leaf must take a multiple of ", step, " terms");
+  STD_TORCH_CHECK(!call.has_leaves() || spec.terms % step == 0, "a leaf must take a multiple of ", step, " terms");
   return call;
 }
 
@@ -258,10 +266,103 @@ void sum_any(const Request& call, const SparseSums<typename C::Bits>& of, const 
       SumPlan<C>(call.spec, 0, 0, 0), levels, of, static_cast<typename C::Bits*>(out.mutable_data_ptr()));
 }
 
+int attribute(const Tensor& x, cudaDeviceAttr which) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
+  return value;
+}
+
+/// By a tensor core's own leaves.
+void sum_leaves(const Request& call, const SparseSums<uint16_t>& of, const Tensor& out) {
+  STD_TORCH_CHECK(attribute(out, cudaDevAttrComputeCapabilityMajor) >= 8,
+                  "tensor_core needs a device of compute capability 8.0");
+  const LevelSpec& first = call.spec.level[0];
+  const bool one = call.spec.levels == 1 && first.fan_in == 0;
+  const Levels levels{call.spec, call.draws, call.spec.is_random()};
+  const LeafCall leaves{of, call.kind == ValueKind::float16, SumPlan<Float32>(call.spec, 0, 0, 0), levels};
+  const int64_t groups = of.updates ? of.update.blocks : of.product.table.outputs;
+  const int64_t rows = ((of.updates ? of.update.block : of.product.tokens) + 15) / 16;
+  const int64_t most = int64_t{attribute(out, cudaDevAttrMultiProcessorCount)} * 16;
+  const int64_t blocks = std::min((groups * rows * (one ? 1 : 8) + kLeafWarps - 1) / kLeafWarps, most);
+  auto* results = static_cast<float*>(out.mutable_data_ptr());
+  const auto launch = !one               ? sum_leaves_kernel<1, LeafTree<4, kMaxStages>>
+                      : is_single(first) ? sum_leaves_kernel<8, PlainLeaves<32>>
+                                         : sum_leaves_kernel<8, LeafTree<32, 1>>;
+  launch<<<grid_size(blocks), 32 * kLeafWarps, 0, current_stream(out)>>>(leaves, groups, rows, results);
+}
+
+/// Which of the steps of accumulate_quick.h add up terms that are packed.
+enum class Quick { none, single, nearest, directed };
+
+Quick quick_way(const Request& call, int64_t most_terms, bool gated) {
+  const LevelSpec& first = call.spec.level[0];
+  const bool few = Tree(call.spec, most_terms).stages <= 1 + kUpper;
+  if (call.spec.leaf != Leaf::terms || call.spec.has_product || call.spec.is_random() || call.is_double() || !few) {
+    return Quick::none;
+  }
+  if (is_single(first)) return Quick::single;
+  const QuickRound to(first);
+  if (!to.usable) return Quick::none;
+  if (to.nearest_even) return Quick::nearest;
+  return gated && to.sign < 0 ? Quick::none : Quick::directed;  // the terms of a closed block are +0, negated or not
+}
+
+QuickRound round_of(const Request& call, Quick way) {
+  return way == Quick::single ? as_they_are() : QuickRound(call.spec.level[0]);
+}
+
+PatchSums patch_sums(const Request& call, const QuickRound& to, int64_t most_terms) {
+  const SumPlan<Float32> plan(call.spec, most_terms, 0, 0);
+  return {scaled_product(to), plan, call.spec, tower_of(call.spec, plan.tree, to)};
+}
+
+/// Call f with the ways of a level.
+template <class F>
+void for_ways(Quick way, const QuickRound& to, F f) {
+  if (way == Quick::single) return f(SingleWays<Patch>{to});
+  const WayRules rules(to);
+  way == Quick::nearest ? f(NearestWays<Patch>{to, rules}) : f(DirectedWays<Patch>{to, rules});
+}
+
+/// An operand in tiles of 128 lines by 16 terms, in memory that is to live as long as they do.
+struct PackedOperand {
+  Packed packed;
+  Tensor memory;
+};
+
+PackedOperand pack_lines(const Tensor& x, bool terms_first, float scale, float inverse) {
+  const int64_t lines = x.size(terms_first), terms = x.size(!terms_first);
+  Packed to{nullptr, nullptr, tiles_of<kTile>(lines), tiles_of<kDepth>(terms), 1};
+  const int64_t size = to.count() * static_cast<int64_t>(kTileSize * sizeof(float) + sizeof(TileNotes));
+  Tensor memory = empty(x, {size}, ScalarType::Byte);
+  to.tiles = static_cast<float*>(memory.mutable_data_ptr());
+  to.notes = reinterpret_cast<TileNotes*>(to.tiles + to.count() * kTileSize);
+  const Operand operand{x.const_data_ptr(), Element::float32};
+  const Lines from{operand, 0, x.stride(terms_first), x.stride(!terms_first), lines, terms, scale, inverse, 0};
+  if (to.count() > 0) {
+    const int64_t blocks = std::min<int64_t>(to.count(), std::numeric_limits<int>::max());
+    pack_kernel<<<grid_size(blocks), kTileThreads, 0, current_stream(x)>>>(from, to);
+    check_cuda(cudaGetLastError());
+  }
+  return {to, memory};
+}
+
+void launch_patches(Quick way, const QuickRound& to, const PatchCall& call, int64_t blocks, int threads,
+                    const Tensor& out) {
+  for_ways(way, to, [&](const auto& ways) {
+    const auto kernel = patch_kernel<std::decay_t<decltype(ways)>>;
+    const int kept = call.sums.tower.single ? threads * Patch::outputs : 0;
+    const int shared = (2 * call.stage_floats() + kept) * static_cast<int>(sizeof(float));
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    kernel<<<grid_size(blocks), threads, shared, current_stream(out)>>>(call, ways,
+                                                                        static_cast<float*>(out.mutable_data_ptr()));
+  });
+}
+
 // Products.
 
 /// The product as the launch's operands say it.
-struct Product {
+struct ProductCall {
   Tensor x;
   Tensor weights;
   DirectionTable table;
@@ -288,7 +389,7 @@ void launch_single(const SingleProduct& product, float* out, cudaStream_t stream
   using Column = SingleColumn<kLeft, kFirst, kTranspose>;
   const SparseProduct<float>& of = product.of;
   const int64_t tiles = (of.tokens + Column::kTokens - 1) / Column::kTokens;
-  const int shared = kStages * Column::stage_floats(of.block) * static_cast<int>(sizeof(float));
+  const int shared = Column::kStages * Column::stage_floats(of.block) * static_cast<int>(sizeof(float));
   single_product_kernel<kLeft, kFirst, kTranspose>
       <<<grid_size(tiles * of.table.outputs), 32 * of.block / kRight, shared, stream>>>(product, out);
 }
@@ -305,15 +406,50 @@ void launch_single(const SingleProduct& product, float* out, cudaStream_t stream
   }
 }
 
-void sum_single(const Product& product, const Tensor& out) {
+void sum_single(const ProductCall& product, const Tensor& out) {
   const SingleProduct single{product.of<float>(), product.x.stride(0)};
   auto* results = static_cast<float*>(out.mutable_data_ptr());
   const cudaStream_t stream = current_stream(out);
   single.of.tokens <= 64 ? launch_single<2>(single, results, stream) : launch_single<4>(single, results, stream);
 }
 
+struct PackedWeights {
+  PackedBlocks packed;
+  Tensor memory;
+};
+
+PackedWeights pack_weights(const ProductCall& product, float scale, float inverse) {
+  const Tensor& w = product.weights;
+  const int64_t size = int64_t{product.block} * product.block, blocks = w.numel() / size;
+  const int64_t parts = blocks * (product.block / stage_terms(product.block));
+  Tensor memory = empty(w, {w.numel() * 4 + parts * static_cast<int64_t>(sizeof(TileNotes))}, ScalarType::Byte);
+  auto* tiles = static_cast<float*>(memory.mutable_data_ptr());
+  const PackedBlocks to{tiles, reinterpret_cast<TileNotes*>(tiles + w.numel())};
+  if (parts > 0) {
+    const int64_t launched = std::min<int64_t>((parts + kPackWarps - 1) / kPackWarps, 1 << 20);
+    pack_blocks_kernel<<<grid_size(launched), 32 * kPackWarps, 0, current_stream(w)>>>(
+        static_cast<const float*>(w.const_data_ptr()), blocks, product.block, product.transpose, scale, inverse, to);
+    check_cuda(cudaGetLastError());
+  }
+  return {to, memory};
+}
+
+void sum_patches(const Request& call, Quick way, const ProductCall& product, const Tensor& out) {
+  const QuickRound to = round_of(call, way);
+  const int64_t tokens = product.x.size(product.first), features = product.x.size(!product.first);
+  PatchCall of{patch_sums(call, to, features), false, {}, {}};
+  Product& scales = of.sums.scales;
+  const PackedOperand x = pack_lines(product.x, product.first, scales.scale_a, scales.unscale_a);
+  const PackedWeights weights = pack_weights(product, scales.scale_b, scales.unscale_b);
+  scales.a = x.packed;
+  of.product = {weights.packed, product.table, Gates{product.gate}, product.block, product.first, tokens};
+  of.update.of.block = product.block;
+  const int64_t blocks = tiles_of<kTile>(tokens) * product.table.outputs;
+  launch_patches(way, to, of, blocks, of.product.threads(), out);
+}
+
 template <class C>
-void sum_any(const Request& call, const Product& product, const Tensor& out) {
+void sum_any(const Request& call, const ProductCall& product, const Tensor& out) {
   using Bits = typename C::Bits;
   SparseSums<Bits> of{false, product.of<Bits>(), {}};
   if (call.is_hopper()) of.product.zero = static_cast<Bits>(operand::zero);
@@ -337,15 +473,20 @@ Tensor sparse_matmul_accumulate(const Tensor& x, const Tensor& w, const Tensor& 
   const Tensor out = first ? empty(x, {features, tokens}, dtype) : empty(x, {tokens, features}, dtype);
   if (out.numel() == 0) return out;
   const DeviceGuard guard(x.get_device_index());
-  const Product product{features_in({x}, left.format, call.form(left.format), first),
-                        weights_in(right, call.form(right.format), gates),
-                        {entries, static_cast<int>(outputs)},
-                        gates,
-                        static_cast<int>(block),
-                        transpose,
-                        first};
+  const ProductCall product{features_in({x}, left.format, call.form(left.format), first),
+                            weights_in(right, call.form(right.format), gates),
+                            {entries, static_cast<int>(outputs)},
+                            gates,
+                            static_cast<int>(block),
+                            transpose,
+                            first};
+  const Quick way = quick_way(call, x.size(!first), gates);
   if (call.is_single()) {
     sum_single(product, out);
+  } else if (call.is_tensor_core()) {
+    sum_leaves(call, {false, product.of<uint16_t>(), {}}, out);
+  } else if (way != Quick::none) {
+    sum_patches(call, way, product, out);
   } else {
     call.is_double() ? sum_any<Float64>(call, product, out) : sum_any<Float32>(call, product, out);
   }
@@ -355,7 +496,7 @@ Tensor sparse_matmul_accumulate(const Tensor& x, const Tensor& w, const Tensor& 
 
 // Updates.
 
-struct Update {
+struct UpdateCall {
   Tensor x;
   Tensor dy;
   const int32_t* table;
@@ -374,18 +515,32 @@ struct Update {
 template <bool kFirst>
 void launch_single(const SingleUpdate& update, float* out, cudaStream_t stream) {
   const UpdateShape shape(update.of.block);
-  const int shared = kStages * SingleUpdates<kFirst>::stage_floats(update.of.block) * static_cast<int>(sizeof(float));
+  const int shared =
+      kUpdateStages * SingleUpdates<kFirst>::stage_floats(update.of.block) * static_cast<int>(sizeof(float));
   check_cuda(cudaFuncSetAttribute(single_update_kernel<kFirst>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   single_update_kernel<kFirst>
       <<<grid_size((update.of.blocks + shape.weights - 1) / shape.weights), shape.threads, shared, stream>>>(update,
                                                                                                              out);
 }
 
-void sum_single(const Update& update, const Tensor& out) {
+void sum_single(const UpdateCall& update, const Tensor& out) {
   const SingleUpdate single{update.of<float>(), update.x.stride(0), update.dy.stride(0)};
   auto* results = static_cast<float*>(out.mutable_data_ptr());
   update.first ? launch_single<true>(single, results, current_stream(out))
                : launch_single<false>(single, results, current_stream(out));
+}
+
+void sum_patches(const Request& call, Quick way, const UpdateCall& update, const Tensor& out) {
+  const QuickRound to = round_of(call, way);
+  PatchCall of{patch_sums(call, to, update.x.size(update.first)), true, {}, {update.of<float>()}};
+  Product& scales = of.sums.scales;
+  const PackedOperand x = pack_lines(update.x, !update.first, scales.scale_a, scales.unscale_a);
+  const PackedOperand dy = pack_lines(update.dy, !update.first, scales.scale_b, scales.unscale_b);
+  scales.a = x.packed, scales.b = dy.packed;
+  of.product.block = update.block;
+  of.product.table.outputs = 1;
+  const int64_t weights = of.update.weights();
+  launch_patches(way, to, of, (update.blocks + weights - 1) / weights, of.update.threads(), out);
 }
 
 void check_pairs(const Tensors& x, const Tensors& dy, bool first) {
@@ -414,15 +569,20 @@ Tensor sparse_weight_grad_accumulate(const Tensors& x, const Tensors& dy, const 
   const int32_t* entries = table_of(table, x[0], 2 * blocks);
   if (out.numel() == 0) return out;
   const DeviceGuard guard(x[0].get_device_index());
-  const Update update{features_in(x, left.format, call.form(left.format), first),
-                      features_in(dy, right.format, call.form(right.format), first),
-                      entries,
-                      gate_of(gate, blocks),
-                      static_cast<int>(blocks),
-                      static_cast<int>(block),
-                      first};
+  const UpdateCall update{features_in(x, left.format, call.form(left.format), first),
+                          features_in(dy, right.format, call.form(right.format), first),
+                          entries,
+                          gate_of(gate, blocks),
+                          static_cast<int>(blocks),
+                          static_cast<int>(block),
+                          first};
+  const Quick way = quick_way(call, update.x.size(first), false);
   if (call.is_single()) {
     sum_single(update, out);
+  } else if (call.is_tensor_core()) {
+    sum_leaves(call, {true, {}, update.of<uint16_t>()}, out);
+  } else if (way != Quick::none) {
+    sum_patches(call, way, update, out);
   } else if (call.is_double()) {
     sum_any<Float64>(call, {true, {}, update.of<uint64_t>()}, out);
   } else {

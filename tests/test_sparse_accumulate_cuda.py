@@ -292,3 +292,18 @@ def test_graph(text: str) -> None:
     seed.add_(1)
     graph.replay()
     assert torch.equal(replayed, product())
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(
+    "text", ["tensor_core16:fp32", "tensor_core64:fp32", "tensor_core48:1-6-9", "tensor_core16:1-5-2 up"]
+)
+def test_tensor_core_leaves(text: str, block: int) -> None:
+    layer, accumulator = Layer(block), Accumulator.parse(text)
+    for dtype, (first, transpose), kind in zip((torch.bfloat16, torch.float16) * 2, WAYS, KINDS, strict=False):
+        x, w = (each.to(dtype) for each in layer.operands(kind, 70, transpose, first, accumulator))
+        check_product(layer, x, w, transpose, first, text)
+    for first, dtype in ((False, torch.bfloat16), (True, torch.float16)):
+        x_list, dy_list = pairs(layer, "random", (29, 12), first, accumulator)
+        halves = [[each.to(dtype) for each in side] for side in (x_list, dy_list)]
+        check_update(layer, *halves, first, text)

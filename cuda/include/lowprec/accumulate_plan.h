@@ -33,7 +33,7 @@ class TilePlan {
     }
     if (kernel_ == Kernel::none) return;
     if (is_single(first) || halves()) to_ = as_they_are();
-    if (kernel_ != Kernel::pairs) set_tower(spec);
+    if (kernel_ != Kernel::pairs) tower_ = tower_of(spec, plan_.tree, to_);
     set_product();
     if (blocks() > kMostBlocks) kernel_ = Kernel::none;
   }
@@ -74,14 +74,6 @@ class TilePlan {
  private:
   static constexpr int64_t kMostBlocks = 0x7FFFFFFF;
 
-  /// Nothing to scale or to mend.
-  static QuickRound as_they_are() {
-    QuickRound to{};
-    to.sign = 1;
-    to.minus_zero = true;
-    return to;
-  }
-
   /// Whether sums of two are all that there is, rounded to nearest even.
   bool is_pairwise(const AccumulatorSpec& spec) const {
     const bool nearest = is_single(spec.level[0]) || (to_.usable && to_.nearest_even);
@@ -89,30 +81,11 @@ class TilePlan {
            tiles_of<kDepth>(of_.terms) < int64_t{1} << kPairLevels;
   }
 
-  void set_tower(const AccumulatorSpec& spec) {
-    for (int i = 1; i < plan_.tree.stages; ++i) tower_.level[i - 1] = upper(spec.level[plan_.tree.stage[i].level]);
-    tower_.single = plan_.tree.stages == 2 && tower_.level[0].single;
-  }
-
-  Upper upper(const LevelSpec& level) const {
-    Upper upper{is_single(level), false, QuickRound(level)};
-    upper.quick = to_.usable && upper.to.usable && !upper.to.random && upper.to.scale == to_.scale &&
-                  upper.to.sign > 0 && to_.sign > 0;
-    return upper;
-  }
-
   void set_product() {
-    const int left = to_.scale / 2, right = to_.scale - left;
-    product_ = {packed(of_.a, of_.rows),
-                packed(of_.b, of_.columns),
-                to_.sign * power_of_two(-left),
-                power_of_two(-right),
-                to_.sign * power_of_two(left),
-                power_of_two(right),
-                of_.batches,
-                of_.rows,
-                of_.columns,
-                of_.terms};
+    product_ = scaled_product(to_);
+    product_.a = packed(of_.a, of_.rows), product_.b = packed(of_.b, of_.columns);
+    product_.batches = of_.batches, product_.rows = of_.rows;
+    product_.columns = of_.columns, product_.terms = of_.terms;
   }
 
   Packed packed(const Operand& operand, int64_t lines) const {

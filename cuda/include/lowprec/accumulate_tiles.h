@@ -158,13 +158,21 @@ struct Product {
   int64_t batches, rows, columns, terms;
 };
 
+/// What elements are multiplied by for the first level's sake, and by what they and sums are brought back.
+inline Product scaled_product(const QuickRound& to) {
+  const int left = to.scale / 2, right = to.scale - left;
+  Product product{};
+  product.unscale_a = to.sign * power_of_two(-left), product.unscale_b = power_of_two(-right);
+  product.scale_a = to.sign * power_of_two(left), product.scale_b = power_of_two(right);
+  return product;
+}
+
 /// A thread's outputs: kSide rows and columns of a tile, in runs of kRun.
 template <int kSide, int kRun = 4>
 struct Share {
   static constexpr int rows = kSide, width = kSide;  // of a thread's outputs
   static constexpr int tile = 16 * kSide;
   static constexpr int outputs = kSide * kSide;
-  static constexpr int threads = kTileThreads;
   using Sums = float[kSide][kSide];
   using Values = float[outputs];
 
@@ -184,6 +192,7 @@ struct Share {
   // Where the terms of rows and columns lie in a tile, and how far one term is from the next.
   static LOWPREC_DEVICE int row_at(int i) { return run(i); }
   static LOWPREC_DEVICE int column_at(int j) { return run(j); }
+  static LOWPREC_DEVICE int threads() { return kTileThreads; }
   static LOWPREC_DEVICE int row_step() { return tile; }
   static LOWPREC_DEVICE int column_step() { return tile; }
 };
@@ -559,6 +568,29 @@ struct Tower {
   bool single;  // one stage above the first, in IEEE single precision
 };
 
+inline Upper upper_of(const LevelSpec& level, const QuickRound& first) {
+  Upper upper{is_single(level), false, QuickRound(level)};
+  upper.quick = first.usable && upper.to.usable && !upper.to.random && upper.to.scale == first.scale &&
+                upper.to.sign > 0 && first.sign > 0;
+  return upper;
+}
+
+/// The stages above the first one, which adds by `first`.
+inline Tower tower_of(const AccumulatorSpec& spec, const Tree& tree, const QuickRound& first) {
+  Tower tower{};
+  for (int i = 1; i < tree.stages; ++i) tower.level[i - 1] = upper_of(spec.level[tree.stage[i].level], first);
+  tower.single = tree.stages == 2 && tower.level[0].single;
+  return tower;
+}
+
+/// A first level with nothing to scale or to mend.
+inline QuickRound as_they_are() {
+  QuickRound to{};
+  to.sign = 1;
+  to.minus_zero = true;
+  return to;
+}
+
 /// The sums of all threads in single precision above the first stage, in shared memory.
 template <class To>
 LOWPREC_DEVICE float* single_sums() {
@@ -567,7 +599,7 @@ LOWPREC_DEVICE float* single_sums() {
 }
 
 template <class To>
-constexpr int kSingleBytes = To::threads * To::outputs * static_cast<int>(sizeof(float));
+constexpr int kSingleBytes = kTileThreads * To::outputs * static_cast<int>(sizeof(float));
 
 /// The sums of all stages but the first, and how far each stage is. They are in memory, apart from what is in
 /// registers.
@@ -588,7 +620,7 @@ class UpperSums {
 
   /// Add the sum of a group of the first stage where `single`.
   LOWPREC_DEVICE void add_single(int at, float value, bool first) const {
-    float& sum = single_sums<To>()[at * To::threads];
+    float& sum = single_sums<To>()[at * To::threads()];
     sum = first ? value : __fadd_rn(sum, value);
   }
 
@@ -608,7 +640,7 @@ class UpperSums {
   LOWPREC_DEVICE void finish(Values& values) {
     if (tower_.single) {
 #pragma unroll
-      for (int at = 0; at < count; ++at) values[at] = single_sums<To>()[at * To::threads];
+      for (int at = 0; at < count; ++at) values[at] = single_sums<To>()[at * To::threads()];
       return;
     }
     const int top = in_.tree.stages - 2;

@@ -13,7 +13,7 @@
 namespace lowprec {
 
 constexpr int kStageTerms = 8;               // terms of a stage in shared memory
-constexpr int kStages = 3;                   // that are there at once
+constexpr int kUpdateStages = 3;             // that are there at once
 constexpr int kLinePitch = kStageTerms + 4;  // floats of a line's terms: eight lines then lie in different banks
 constexpr int kRight = 8;                    // right lines of a thread
 
@@ -27,7 +27,7 @@ LOWPREC_DEVICE void end_stage_copies() { asm volatile("cp.async.commit_group;" :
 
 /// Wait until at most so many stages' copies are under way.
 template <int kLeft>
-LOWPREC_DEVICE void wait_for_copies() {
+LOWPREC_DEVICE void wait_for_stages() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
@@ -104,6 +104,48 @@ LOWPREC_DEVICE void begin_sums(float (&sums)[kLeft][kRight]) {
   for (int i = 0; i < kLeft * kRight; ++i) sums[i / kRight][i % kRight] = -0.0f;
 }
 
+/// A warp's way through the pairs of a column, 32 of which it loads at once, well before they are needed.
+class PairReader {
+ public:
+  LOWPREC_DEVICE PairReader(const DirectionTable& table, const Gates& gates, int begin, int count)
+      : table_(table), gates_(gates), begin_(begin), count_(count) {
+    load(0);
+  }
+
+  /// Go to the i-th pair, one after another from the first on.
+  LOWPREC_DEVICE void go_to(int i) {
+    if (i % 32 == 0) {
+      now_ = ahead_;
+      closed_pairs_ = gates_.gate ? __ballot_sync(0xFFFFFFFFu, gate_ == 0) : 0;
+      load(i + 32);
+    }
+    input_ = __shfl_sync(0xFFFFFFFFu, now_.input, i % 32);
+    weight_ = __shfl_sync(0xFFFFFFFFu, now_.weight, i % 32);
+    closed_ = closed_pairs_ >> i % 32 & 1;
+  }
+
+  LOWPREC_DEVICE int input() const { return input_; }
+  LOWPREC_DEVICE int weight() const { return weight_; }
+  LOWPREC_DEVICE bool closed() const { return closed_; }
+
+ private:
+  LOWPREC_DEVICE void load(int i) {
+    i += threadIdx.x % 32;
+    if (i >= count_) return;
+    ahead_ = table_.pair(begin_ + i);
+    if (gates_.gate) gate_ = gates_.gate[ahead_.weight];
+  }
+
+  const DirectionTable& table_;
+  const Gates& gates_;
+  int begin_, count_;
+  BlockPair now_{}, ahead_{};
+  float gate_ = 1;
+  uint32_t closed_pairs_ = 0;
+  int input_ = 0, weight_ = 0;
+  bool closed_ = false;
+};
+
 /// A product whose operands' rows are contiguous and begin at multiples of 16 bytes: x [N, pitch], or [C, pitch].
 struct SingleProduct {
   SparseProduct<float> of;
@@ -115,6 +157,7 @@ template <int kLeft, bool kFirst, bool kTranspose>
 class SingleColumn {
  public:
   static constexpr int kTokens = 32 * kLeft;
+  static constexpr int kStages = kLeft == 2 ? 8 : 4;  // in shared memory: few warps wait for memory longer
   static constexpr int kLeftFloats = kFirst ? kStageTerms * kTokens : kTokens * kLinePitch;
 
   LOWPREC_DEVICE SingleColumn(const SingleProduct& product, int column, int64_t token, float* room)
@@ -123,12 +166,10 @@ class SingleColumn {
         token_(token),
         room_(room),
         parts_(of_.block / kStageTerms),
-        next_(of_.table.begin(column)),
         stages_(of_.table.count(column) * parts_),
+        pairs_(of_.table, of_.gates, of_.table.begin(column), of_.table.count(column)),
         rows_{kFirst ? lane() * kLeft : lane(), 32, kTokens},
-        columns_{static_cast<int>(threadIdx.x / 32) * kRight, 1, of_.block} {
-    if (stages_ > 0) look_up();
-  }
+        columns_{static_cast<int>(threadIdx.x / 32) * kRight, 1, of_.block} {}
 
   static LOWPREC_DEVICE int lane() { return threadIdx.x % 32; }
   static LOWPREC_INLINE int right_floats(int block) { return kTranspose ? block * kLinePitch : kStageTerms * block; }
@@ -139,7 +180,7 @@ class SingleColumn {
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) fetch(i);
     for (int i = 0; i < stages_; ++i) {
-      wait_for_copies<kStages - 2>();
+      wait_for_stages<kStages - 2>();
       __syncthreads();
       fetch(i + kStages - 1);
       const float* stage = at(i);
@@ -154,18 +195,13 @@ class SingleColumn {
  private:
   LOWPREC_DEVICE float* at(int stage) const { return room_ + stage % kStages * stage_floats(of_.block); }
 
-  LOWPREC_DEVICE void look_up() {
-    pair_ = of_.table.pair(next_++);
-    closed_ = of_.gates.closed(pair_.weight);
-  }
-
   LOWPREC_DEVICE void fetch(int stage) {
     if (stage < stages_) {
       const int part = stage % parts_ * kStageTerms;
-      copy_tokens(at(stage), pair_.input * of_.block + part);
-      copy_weights(at(stage) + kLeftFloats, of_.weights + static_cast<int64_t>(pair_.weight) * of_.block * of_.block,
+      if (part == 0) pairs_.go_to(stage / parts_);
+      copy_tokens(at(stage), pairs_.input() * of_.block + part);
+      copy_weights(at(stage) + kLeftFloats, of_.weights + static_cast<int64_t>(pairs_.weight()) * of_.block * of_.block,
                    part);
-      if (part + kStageTerms == of_.block && stage + 1 < stages_) look_up();
     }
     end_stage_copies();
   }
@@ -177,7 +213,7 @@ class SingleColumn {
       const int line = i / across, piece = i % across * 4;
       const int64_t token = token_ + (kFirst ? piece : line);
       const int64_t left = of_.tokens - token;
-      const int bytes = closed_ ? 0 : kFirst ? bytes_left(left) : left > 0 ? 16 : 0;
+      const int bytes = pairs_.closed() ? 0 : kFirst ? bytes_left(left) : left > 0 ? 16 : 0;
       const int64_t place =
           kFirst ? (feature + line) * product_.pitch + token : token * product_.pitch + feature + piece;
       copy_some(to + line * (kFirst ? kTokens : kLinePitch) + piece, of_.x.data + (bytes ? place : 0), bytes);
@@ -189,7 +225,7 @@ class SingleColumn {
     for (int i = threadIdx.x; i < pieces; i += blockDim.x) {
       const int line = i / (kStageTerms / 4), piece = i % (kStageTerms / 4) * 4;
       const float* from = kTranspose ? block + line * of_.block + part + piece : block + part * of_.block + i * 4;
-      copy_some(to + (kTranspose ? line * kLinePitch + piece : i * 4), from, closed_ ? 0 : 16);
+      copy_some(to + (kTranspose ? line * kLinePitch + piece : i * 4), from, pairs_.closed() ? 0 : 16);
     }
   }
 
@@ -198,10 +234,8 @@ class SingleColumn {
   int64_t token_;
   float* room_;
   int parts_;  // stages of a block
-  int next_;   // pair to look up
   int stages_;
-  BlockPair pair_;  // of the next stage to be fetched
-  bool closed_;
+  PairReader pairs_;  // of the next stage to be fetched
   StageLines<!kFirst> rows_;
   StageLines<kTranspose> columns_;
 };
@@ -266,20 +300,16 @@ struct UpdateWeights {
   int slots;
 
   LOWPREC_DEVICE void load(const SparseUpdate<float>& of, int64_t first, int count) {
-    const int i = threadIdx.x;
-    if (i < count) {
-      const int64_t weight = first + i < of.blocks ? first + i : of.blocks - 1;
-      slot[i] = of.table[2 * weight];
+    if (const int i = threadIdx.x; i < 32) {
+      const int64_t wanted = first + (i < count ? i : count - 1);
+      const int64_t weight = wanted < of.blocks ? wanted : of.blocks - 1;
+      const int input = of.table[2 * weight];
+      const int before = __shfl_up_sync(0xFFFFFFFFu, input, 1);
+      const uint32_t changes = __ballot_sync(0xFFFFFFFFu, i == 0 || input != before);
+      slot[i] = __popc(changes & (0xFFFFFFFFu >> (31 - i))) - 1;
       outputs[i] = of.table[2 * weight + 1];
-    }
-    __syncthreads();
-    if (i == 0) {
-      slots = 0;
-      int last = -1;
-      for (int n = 0; n < count; ++n) {
-        if (slot[n] != last) inputs[slots++] = last = slot[n];
-        slot[n] = slots - 1;
-      }
+      inputs[slot[i]] = input;
+      if (i == 0) slots = __popc(changes);
     }
     __syncthreads();
   }
@@ -326,11 +356,11 @@ class SingleUpdates {
     const int64_t stages = (of_.tokens + kStageTerms - 1) / kStageTerms;
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) fetch(i, stages, base);
+    for (int i = 0; i < kUpdateStages - 1; ++i) fetch(i, stages, base);
     for (int64_t i = 0; i < stages; ++i) {
-      wait_for_copies<kStages - 2>();
+      wait_for_stages<kUpdateStages - 2>();
       __syncthreads();
-      fetch(i + kStages - 1, stages, base);
+      fetch(i + kUpdateStages - 1, stages, base);
       if (!mine) continue;
       const float* stage = at(i);
       const int64_t count = of_.tokens - i * kStageTerms;
@@ -341,11 +371,11 @@ class SingleUpdates {
                                                sums);
       }
     }
-    wait_for_copies<0>();
+    wait_for_stages<0>();
   }
 
   LOWPREC_DEVICE float* at(int64_t stage) const {
-    return room_ + static_cast<int>(stage % kStages) * stage_floats(of_.block);
+    return room_ + static_cast<int>(stage % kUpdateStages) * stage_floats(of_.block);
   }
 
   /// Copy a stage's tokens of all blocks: a block's pieces to neighbouring threads, as many blocks as there are threads
