@@ -6,6 +6,7 @@ import random
 import statistics
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,15 +91,24 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def _seconds(call: Call) -> float:
     """Of a call that is not the first, roughly; RuntimeError where it waits for the device."""
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     begin = _mark()
-    try:
+    with _no_waiting():
         call(1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     end = _mark()
     torch.cuda.synchronize()
     return float(begin.elapsed_time(end)) / 1000
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """RuntimeError for what waits for the device; a capture that it broke would leave its memory pool in disorder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that not all of it is found
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager

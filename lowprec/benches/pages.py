@@ -13,6 +13,9 @@ from lowprec.studies import page
 
 Row = dict[str, Any]
 
+NAMED = 12
+"""Rows that a line names, at most; the record has all."""
+
 
 def threads_of(run: Row) -> str:
     """How many, to stand after the device's name; nothing for a GPU."""
@@ -25,7 +28,13 @@ def not_timed(run: Row) -> Iterator[str]:
         reasons = run.get(kind, {})
         for reason in dict.fromkeys(reasons.values()):
             names = [name for name, why in reasons.items() if why == reason]
-            yield f"{'; '.join(names)}: {words}({reason})" if words else f"{'; '.join(names)}: {reason}"
+            yield f"{listed(names)}: {f'{words}({reason})' if words else reason}"
+
+
+def listed(names: list[str]) -> str:
+    """The first of them, and how many there are beside."""
+    more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
+    return "; ".join([*names[:NAMED], *more])
 
 
 def machine(run: Row) -> list[str]:

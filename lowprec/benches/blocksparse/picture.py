@@ -33,6 +33,7 @@ def draw(record: Row) -> bytes:
         for (run, op), line in zip(runs, panels, strict=False):
             for (tokens, kind), axes in zip(columns, line, strict=False):
                 _panel(axes, run, op, tokens, kind)
+            line[0].set_ylabel(f"{_unit(run)[0]}, {_device(run)}")
         figure.legend(handles=_handles(), loc="outside lower center", ncols=5)
         title = "Block-sparse products: time over width at equally many weights"
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
@@ -49,7 +50,7 @@ def _has(record: Row, tokens: int, kind: str) -> bool:
 def _panel(axes: Axes, run: Row, op: str, tokens: int, kind: str) -> None:
     rows = [row for row in run["rows"] if (row["op"], row["tokens"], row["features"]) == (op, tokens, "last")]
     beside = "bf16" if kind == "fp8" else kind
-    name, unit = ("ms", 1e-3) if run["device"] == "cpu" else ("µs", 1e-6)
+    unit = _unit(run)[1]
     for block, colour, marker in zip(BLOCKS, COLOURS, MARKERS, strict=False):
         _line(axes, unit, _select(rows, "lowprec", kind, block), color=colour, marker=marker, linestyle="-")
         _line(axes, unit, _select(rows, BSR_NAME, beside, block), color=colour, linestyle=":", marker="")
@@ -64,9 +65,12 @@ def _panel(axes: Axes, run: Row, op: str, tokens: int, kind: str) -> None:
     widths = {row["width"]: row["density"] for row in rows}
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(list(widths), [f"{width}\n{density}" for width, density in widths.items()])
-    axes.set_ylabel(name)
     axes.grid(axis="y")
-    axes.set_title(f"{op}, {kind}, N = {tokens}: {_device(run)}", fontsize=9)
+    axes.set_title(f"{op}, {kind}, N = {tokens}", fontsize=10)
+
+
+def _unit(run: Row) -> tuple[str, float]:
+    return ("ms", 1e-3) if run["device"] == "cpu" else ("µs", 1e-6)
 
 
 def _device(run: Row) -> str:

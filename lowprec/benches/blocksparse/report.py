@@ -111,7 +111,7 @@ def _remarks(run: Row) -> Iterator[str]:
         yield f"{more} further rows: results.csv"
     waiting = [row["row"] for row in run["rows"] if run["device"] != "cpu" and not row["graph"]]
     if waiting:
-        yield f"timed with the host in it, since no CUDA graph takes them: {'; '.join(waiting)}"
+        yield f"timed with the host in it, since no CUDA graph takes them: {pages.listed(waiting)}"
     yield from pages.not_timed(run)
 
 
