@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import io
@@ -338,6 +339,40 @@ def test_a_device_that_fails_ends_no_run(
     assert not result["ok"]
     assert set(result["runs"][0]["failed"].values()) == {"RuntimeError: the device is gone"}
     assert "the device is gone" in (tmp_path / "README.md").read_text()
+
+
+def test_a_replay_counts_as_many_calls_as_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    class Mark:
+        def __init__(self) -> None:
+            self.at = now[0]
+
+        def elapsed_time(self, end: Any) -> float:
+            return float(end.at - self.at)
+
+    def calling(turn: int) -> None:
+        now[0] += 1.0  # milliseconds
+
+    class Graph:
+        def replay(self) -> None:
+            now[0] += 30.0
+
+    monkeypatch.setattr(timing, "_mark", Mark)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    graph: Any = Graph()
+    calls = {"plain": calling, "graph": timing.Captured(graph, 10, calling)}
+    seconds = timing.time_in_rounds(calls, torch.device("cuda"), 3, budget=1.0)
+    assert seconds["plain"].median == pytest.approx(1e-3)
+    assert seconds["graph"].median == pytest.approx(3e-3)
+
+
+def test_the_cpu_captures_nothing() -> None:
+    def call(i: int) -> None:
+        raise AssertionError("not called")
+
+    assert timing.captured(call, CPU) is call
 
 
 # On a GPU.
