@@ -233,7 +233,10 @@ def test_intervals_of_means() -> None:
 
 
 def net_of(arm: str, error: float, bits: float) -> dict[str, Any]:
-    return {"arm": arm, "seeds": [{"error": error + 0.1 * (-1) ** seed, "bits": bits} for seed in range(4)]}
+    return {
+        "arm": arm,
+        "seeds": [{"error": error + 0.1 * (-1) ** seed, "clean": error / 2, "bits": bits} for seed in range(4)],
+    }
 
 
 def test_findings_say_what_the_scores_say() -> None:
@@ -241,16 +244,19 @@ def test_findings_say_what_the_scores_say() -> None:
     config = Config(arms=ARMS, seeds=4, margin=1.0)
     cells = [net_of(arm, *score) for arm, score in scores.items()]
     cells[1]["seeds"][0]["error"] += 0.8
-    equal, better, worse, learned, cost = findings(Summary(config, cells))
+    equal, better, worse, clean, *_, learned, cost = findings(Summary(config, cells))
     assert "fp32-watts_strogatz less fp32-dense: +0.40" in equal
     assert "no difference is shown" in equal
     assert "equality within ±1 is shown" in equal
     assert "it is better; equality within ±1 is not shown" in better
     assert "it is worse; equality within ±1 is not shown" in worse
-    assert learned.endswith("learning is better.")
-    assert "-0.1000" in learned
+    assert (
+        "+0.10 [95%: +0.10 to +0.10] points of error without noise; it is worse; equality within ±1 is shown" in clean
+    )
+    assert "points of error: learning is better; -0.1000" in learned
+    assert learned.endswith("bits: learning is better.")
     assert cost.startswith("fp8-watts_strogatz less fp32-watts_strogatz: +1.60")
-    assert cost.endswith("that is its cost.")
+    assert cost.endswith("bits: that is its cost.")
     assert findings(Summary(replace(config, seeds=1), cells)) == [
         "One seed alone has no interval: nothing can be concluded."
     ]

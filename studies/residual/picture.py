@@ -73,33 +73,38 @@ def _limits(means: Sequence[Interval]) -> tuple[list[float], list[float]]:
 
 
 def _against_base(axes: Axes, summary: Summary) -> None:
-    found = summary.equalities()
-    margin = summary.config.margin
+    """A row for each arm, in it a line for each accuracy."""
+    margin, arms, keys = summary.config.margin, summary.config.arms[1:], summary.accuracies
     axes.axvspan(-margin, margin, color=GREY, alpha=0.15, linewidth=0)
-    for row, each in enumerate(found):
-        _difference(axes, row, each.difference, COLOURS[0])
+    for each in summary.equalities():
+        index = keys.index(each.key)
+        row, colour = arms.index(each.arm) + 0.24 * (index - (len(keys) - 1) / 2), COLOURS[(0, 5)[index]]
+        _difference(axes, row, each.difference, colour)
         if each.within.bounded:
-            axes.plot([each.within.low, each.within.high], [row, row], color=COLOURS[0], linestyle="-", linewidth=4)
-    _finish(axes, [each.arm for each in found])
-    axes.set_xlabel(f"{summary.unit} more than {summary.base}")
+            axes.plot([each.within.low, each.within.high], [row, row], color=colour, linestyle="-", linewidth=4)
+    _finish(axes, arms)
+    axes.set_xlabel(f"{summary.unit(summary.score)} more than {summary.base}")
     axes.set_title(f"Against the dense net; grey: ±{margin:g}, thick: 90%")
+    if len(keys) > 1:
+        handles = [Line2D([], [], color=COLOURS[place], marker="o", linestyle="-") for place in (0, 5)]
+        axes.legend(handles, ["under noise", "without"], loc="best")
 
 
 def _learned(axes: Axes, summary: Summary) -> None:
     found = summary.learned()
     for row, gain in enumerate(found):
-        _difference(axes, row, gain.score, COLOURS[2])
+        _difference(axes, row, gain.by[summary.score], COLOURS[2])
     _finish(axes, [gain.other for gain in found])
-    axes.set_xlabel(f"{summary.unit} more than the fixed start")
+    axes.set_xlabel(f"{summary.unit(summary.score)} more than the fixed start")
     axes.set_title("Learned less fixed, by where it began")
 
 
-def _difference(axes: Axes, row: int, effect: Interval, colour: str) -> None:
+def _difference(axes: Axes, row: float, effect: Interval, colour: str) -> None:
     margin = effect.high - effect.estimate if effect.bounded else 0.0
     axes.errorbar(effect.estimate, row, xerr=margin, color=colour, marker="o", markersize=5, capsize=3, linestyle="")
 
 
-def _finish(axes: Axes, names: list[str]) -> None:
+def _finish(axes: Axes, names: Sequence[str]) -> None:
     axes.axvline(0, color=INK, linestyle="-", linewidth=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(max(len(names), 1) - 0.5, -0.5)

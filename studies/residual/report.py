@@ -13,9 +13,8 @@ from lowprec.studies.intervals import plus_minus
 from lowprec.studies.page import circumstances, markdown, table
 from lowprec.studies.residual.config import Config
 from lowprec.studies.residual.picture import draw_arms, draw_masks
-from lowprec.studies.residual.summary import Summary, as_json, findings
+from lowprec.studies.residual.summary import FORMS, Summary, as_json, findings
 
-FORMS = {"error": ".2f", "bits": ".4f", "clean": ".2f"}
 ROW = ("arm", "seed", "parameters", "width", "error", "bits", "clean", "moved", "seconds")
 
 
@@ -108,10 +107,11 @@ def _readme(summary: Summary, saved: record.Json, masks: bool) -> str:
 
 def _about(summary: Summary) -> list[str]:
     what = "each image with fresh noise, `clean` without" if summary.config.on_digits else "windows of the test text"
+    equal = f"±{summary.config.margin:g} {summary.unit(summary.score)}"
     return [
         f"Means over {summary.config.seeds} seeds with 95% intervals, of held-out rows ({what}). Differences are of",
         "equal seeds, which have the same data and batches, and where nets have one shape the same first pattern and",
-        f"weights; less is better. Equality is claimed by two one-sided tests alone, within ±{summary.config.margin:g}",
-        f"{summary.unit}. Each interval is for itself: with so many, one in twenty may miss. *Moved*: blocks that",
-        "learning put elsewhere. *Seconds*: of training a net, with whatever else the machine did.",
+        f"weights; less is better. Equality is claimed by two one-sided tests alone, within {equal}.",
+        "Each interval is for itself: with so many, one in twenty may miss. *Moved*: blocks that learning put",
+        "elsewhere. *Seconds*: of training a net, with whatever else the machine did.",
     ]

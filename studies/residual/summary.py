@@ -11,23 +11,29 @@ from lowprec.studies.record import Json
 from lowprec.studies.regression import Interval
 from lowprec.studies.residual.config import FULL, Arm, Config
 
+UNITS = {
+    True: {"error": "points of error", "clean": "points of error without noise", "bits": "bits"},
+    False: {"bits": "bits per character"},
+}
+"""What differences of each number are measured in, on digits and on text; less is better."""
+
 
 class Equality(NamedTuple):
     """An arm against the base: the difference with its 95% interval and its 90% one, p of two one-sided tests."""
 
     arm: str
+    key: str
     difference: Interval
     within: Interval
     p: float
 
 
 class Gain(NamedTuple):
-    """One arm against another: differences with their 95% intervals, of the score and of bits."""
+    """One arm against another: differences with their 95% intervals, by what is measured; the first is the score."""
 
     arm: str
     other: str
-    score: Interval
-    bits: Interval
+    by: dict[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,12 @@ class Summary:
         return "error" if self.config.on_digits else "bits"
 
     @property
-    def unit(self) -> str:
-        return "points of error" if self.config.on_digits else "bits per character"
+    def accuracies(self) -> tuple[str, ...]:
+        """What equality is tested in."""
+        return ("error", "clean") if self.config.on_digits else ("bits",)
 
-    @property
-    def form(self) -> str:
-        """How a score is written."""
-        return ".2f" if self.config.on_digits else ".4f"
+    def unit(self, key: str) -> str:
+        return UNITS[self.config.on_digits][key]
 
     @property
     def base(self) -> str:
@@ -76,9 +81,10 @@ class Summary:
     def equalities(self) -> list[Equality]:
         """Every arm but the base."""
         found = []
-        for arm in self.config.arms[1:]:
-            differences = self.differences(arm, self.base, self.score)
-            found.append(Equality(arm, mean(differences), *equality(differences, self.config.margin)))
+        for key in self.accuracies:
+            for arm in self.config.arms[1:]:
+                differences = self.differences(arm, self.base, key)
+                found.append(Equality(arm, key, mean(differences), *equality(differences, self.config.margin)))
         return found
 
     def learned(self) -> list[Gain]:
@@ -98,10 +104,14 @@ class Summary:
                 yield name, arm
 
     def _gain(self, arm: str, other: str) -> Gain:
-        return Gain(arm, other, *(mean(self.differences(arm, other, key)) for key in (self.score, "bits")))
+        by = {key: mean(self.differences(arm, other, key)) for key in (self.score, "bits")}
+        return Gain(arm, other, by)
 
 
 # In words.
+
+FORMS = {"error": ".2f", "clean": ".2f", "bits": ".4f"}
+"""How each number is written."""
 
 
 def findings(summary: Summary) -> list[str]:
@@ -114,28 +124,30 @@ def findings(summary: Summary) -> list[str]:
 
 
 def _against_base(summary: Summary, found: Equality) -> str:
-    margin, form = summary.config.margin, f"+{summary.form}"
+    margin, form = summary.config.margin, f"+{FORMS[found.key]}"
     shown = "shown" if found.p < 0.05 else "not shown"
     verdict = _verdict(found.difference, "it is better", "it is worse")
+    difference = f"{text(found.difference, form)} {summary.unit(found.key)}"
+    within = f"90%: {found.within.low:{form}} to {found.within.high:{form}}, p = {found.p:.2g}"
     return (
-        f"{found.arm} less {summary.base}: {text(found.difference, form)} {summary.unit}; {verdict}; equality within "
-        f"±{margin:g} is {shown} (90%: {found.within.low:{form}} to {found.within.high:{form}}, p = {found.p:.2g})."
+        f"{found.arm} less {summary.base}: {difference}; {verdict}; equality within ±{margin:g} is {shown} ({within})."
     )
 
 
 def _learned(summary: Summary, gain: Gain) -> str:
-    verdict = _verdict(gain.score, "learning is better", "learning is worse")
-    return f"{gain.arm} less its fixed start: {_both(summary, gain)}; {verdict}."
+    return f"{gain.arm} less its fixed start: {_each(summary, gain, 'learning is better', 'learning is worse')}."
 
 
 def _format(summary: Summary, gain: Gain) -> str:
-    verdict = _verdict(gain.score, "it is better", "that is its cost")
-    return f"{gain.arm} less {gain.other}: {_both(summary, gain)}; {verdict}."
+    return f"{gain.arm} less {gain.other}: {_each(summary, gain, 'it is better', 'that is its cost')}."
 
 
-def _both(summary: Summary, gain: Gain) -> str:
-    score = f"{text(gain.score, f'+{summary.form}')} {summary.unit}"
-    return score if summary.score == "bits" else f"{score}, {text(gain.bits, '+.4f')} bits"
+def _each(summary: Summary, gain: Gain, below: str, above: str) -> str:
+    """Each measure with a verdict of its own."""
+    return "; ".join(
+        f"{text(effect, f'+{FORMS[key]}')} {summary.unit(key)}: {_verdict(effect, below, above)}"
+        for key, effect in gain.by.items()
+    )
 
 
 def _verdict(effect: Interval, below: str, above: str) -> str:
@@ -148,12 +160,12 @@ def _verdict(effect: Interval, below: str, above: str) -> str:
 def as_json(summary: Summary) -> Json:
     """What follows from the nets' scores, for results.json; these are in results.csv."""
     equalities = [
-        {"arm": each.arm, "against": summary.base, "difference": plain(each.difference), "within": plain(each.within)}
-        | {"margin": summary.config.margin, "p_equal": each.p}
+        {"arm": each.arm, "against": summary.base, "of": each.key, "difference": plain(each.difference)}
+        | {"within": plain(each.within), "margin": summary.config.margin, "p_equal": each.p}
         for each in summary.equalities()
     ]
     gains = [
-        {"arm": gain.arm, "against": gain.other, summary.score: plain(gain.score), "bits": plain(gain.bits)}
+        {"arm": gain.arm, "against": gain.other} | {key: plain(effect) for key, effect in gain.by.items()}
         for gain in [*summary.learned(), *summary.formats()]
     ]
     return {"score": summary.score, "findings": findings(summary), "equalities": equalities, "gains": gains}
