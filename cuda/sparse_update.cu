@@ -40,15 +40,16 @@ int attribute(const Tensor& x, cudaDeviceAttr which) {
 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Whether 8 elements can be loaded at once, of 1 or 2 bytes each.
-bool is_quick(const Tensor& x) {
-  const uintptr_t bytes = x.scalar_type() == ScalarType::Byte ? 8 : 16;
-  return x.stride(1) == 1 && (x.size(0) <= 1 || x.stride(0) % 8 == 0) &&
-         reinterpret_cast<uintptr_t>(x.const_data_ptr()) % bytes == 0;
+/// Bytes from row to row if 8 elements, of 1 or 2 bytes each, may be copied at once, else 0.
+int quick_stride(const Tensor& x) {
+  const int64_t size = x.scalar_type() == ScalarType::Byte ? 1 : 2, stride = x.size(0) > 1 ? x.stride(0) : 8;
+  const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % static_cast<uintptr_t>(8 * size) == 0;
+  const bool quick = aligned && x.stride(1) == 1 && stride % 8 == 0 && stride < 1 << 30;
+  return quick ? static_cast<int>(stride * size) : 0;
 }
 
 UpdateOperand operand_of(const Tensor& x, bool first) {
-  return {x.const_data_ptr(), x.stride(first), x.stride(!first), is_quick(x)};
+  return {x.const_data_ptr(), x.stride(first), x.stride(!first), quick_stride(x)};
 }
 
 /// The pairs of one launch, the i-th.
@@ -56,7 +57,7 @@ int pairs_of_launch(const Update& call, int64_t launch, UpdatePair* pairs) {
   const auto begin = static_cast<size_t>(launch) * kUpdatePairs, end = std::min(begin + kUpdatePairs, call.x.size());
   for (size_t i = begin; i < end; ++i) {
     pairs[i - begin] = {operand_of(call.x[i], call.first), operand_of(call.dy[i], call.first),
-                        call.x[i].size(call.first)};
+                        static_cast<int>(call.x[i].size(call.first))};
   }
   return static_cast<int>(end - begin);
 }
@@ -172,11 +173,14 @@ UpdateCall call_of(const Update& call, int64_t launch) {
   for (int i = 0; i < update.pairs; ++i) {
     update.chunks += static_cast<int>(quotient_up(update.pair[i].tokens, kUpdateChunk));
   }
-  update.parts = parts_of(call, update.chunks);
+  const int parts = parts_of(call, update.chunks);
+  update.part_chunks = static_cast<int>(std::max<int64_t>(quotient_up(update.chunks, parts), 1));
+  update.parts = static_cast<int>(std::max<int64_t>(quotient_up(update.chunks, update.part_chunks), 1));
   update.block = static_cast<int>(call.block);
   while (1 << update.log_block < update.block) ++update.log_block;
   update.weights = call.weights;
   update.tiles = static_cast<int>(tiles_of(call));
+  update.tile = update_tile(update.block);
   update.plan = static_cast<const int*>(call.table.const_data_ptr()) + 3 * call.weights;
   update.out = {call.out.mutable_data_ptr(), nullptr, gate_of(call), static_cast<float>(call.beta),
                 output_kind(call.out.scalar_type())};

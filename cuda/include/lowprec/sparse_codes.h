@@ -28,7 +28,7 @@ constexpr uint32_t signs = 0x80008000u;
 
 /// 2^exponent as the bits of a normal or subnormal number of C, in both halves.
 template <class C>
-constexpr uint32_t power_of_two(int exponent) {
+LOWPREC_INLINE constexpr uint32_t power_of_two(int exponent) {
   const int field = exponent + C::bias;
   return (field > 0 ? static_cast<uint32_t>(field) << C::fraction_bits : 1u << (C::fraction_bits - 1 + field)) * both;
 }
@@ -56,12 +56,13 @@ LOWPREC_DEVICE uint32_t to_half(uint32_t pair) {
   return result;
 }
 
-/// Two codes of e4m3fn, each in the upper byte of its half, as float16.
-LOWPREC_DEVICE uint32_t e4m3_to_half(uint32_t pair) {
+/// Two codes of e4m3fn as float16.
+LOWPREC_DEVICE uint32_t e4m3_to_half(uint16_t pair) {
   uint32_t result = 0;
 #if __CUDA_ARCH__ >= 890
-  const auto bytes = static_cast<uint16_t>(__byte_perm(pair, 0, 0x4431));
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(result) : "h"(bytes));
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(result) : "h"(pair));
+#else
+  (void)pair;
 #endif
   return result;
 }
@@ -74,6 +75,8 @@ LOWPREC_DEVICE uint32_t e4m3_to_half(uint32_t pair) {
 /// hold the format.
 template <bool kHalf>
 struct CodeReader {
+  static constexpr int batch = 1;  // whose code is short enough to stand several times
+
   uint32_t down;                // shift of a magnitude that lies below bit 15
   uint32_t digits;              // mask of the shifted magnitude
   uint32_t scale;               // powers of two that are left
@@ -110,6 +113,15 @@ struct CodeReader {
 
 #ifdef __CUDACC__
 
+  /// Whether the device converts these codes as they are.
+  LOWPREC_DEVICE bool is_native() const {
+#if __CUDA_ARCH__ >= 890
+    return kHalf && is_e4m3 && e4m3_scale == codes::power_of_two<Float16>(0);
+#else
+    return false;
+#endif
+  }
+
   /// Four codes, the first in the lowest byte.
   LOWPREC_DEVICE uint2 operator()(uint32_t word) const {
     word <<= up;
@@ -126,7 +138,10 @@ struct CodeReader {
     if constexpr (kHalf) {
       if (is_float16_top) return codes;
 #if __CUDA_ARCH__ >= 890
-      if (is_e4m3) return codes::multiply<true>(codes::e4m3_to_half(codes), e4m3_scale);
+      if (is_e4m3) {
+        const auto bytes = static_cast<uint16_t>(__byte_perm(codes, 0, 0x4431));
+        return codes::multiply<true>(codes::e4m3_to_half(bytes), e4m3_scale);
+      }
 #endif
       if (!through) return shifted<true>(codes);
       return codes::to_half(shifted<false>(codes));

@@ -8,7 +8,8 @@
 namespace lowprec {
 
 constexpr int kUpdatePairs = 48;  // of one launch: what its arguments have room for
-constexpr int kUpdateThreads = 256;
+constexpr int kUpdateWarps = 8;
+constexpr int kUpdateThreads = 32 * kUpdateWarps;
 constexpr int kUpdateChunk = 64;  // tokens between places where sums may be split
 
 /// Weight blocks of a tile, by features of a block: `UPDATE_TILES` of lowprec/blocksparse.py.
@@ -19,13 +20,13 @@ struct UpdateOperand {
   const void* data;
   int64_t token;
   int64_t feature;
-  bool quick;  // 8 elements beside each other lie side by side, where loads of all of them may begin
+  int stride;  // bytes from row to row if 8 elements beside each other may be copied at once, else 0
 };
 
 struct UpdatePair {
   UpdateOperand x;
   UpdateOperand dy;
-  int64_t tokens;
+  int tokens;
 };
 
 /// What the update is written to.
@@ -43,12 +44,14 @@ struct UpdateOutput {
 struct UpdateCall {
   UpdatePair pair[kUpdatePairs];
   int pairs;
-  int parts;   // that the tokens are split into
-  int chunks;  // of all pairs
+  int parts;        // that the tokens are split into
+  int part_chunks;  // chunks of each, the last may have fewer
+  int chunks;       // of all pairs
   int block;
   int log_block;
   int64_t weights;
   int tiles;
+  int tile;         // weight blocks of one
   int stage_bytes;  // of shared memory for operands
   const int* plan;
   UpdateOutput out;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "lowprec/inline.h"
+#include "lowprec/sparse_codes.h"
 #include "lowprec/sparse_update_load.h"
 #include "lowprec/sparse_update_store.h"
 
@@ -14,43 +15,41 @@ namespace lowprec {
 /// What a warp computes at a time: 16 rows, two blocks of 8, by 8; 16 by 16; or 32 by 32, a quarter of a block of 64.
 template <int kSide>
 struct UpdateFragment {
-  static constexpr int across = kSide / 8;                    // instructions
-  static constexpr int down = kSide == 32 ? 2 : 1;            // of them
-  static constexpr int held = 16 / (across * down);           // fragments of a warp
-  static constexpr int together = held > 4 ? held / 4 : 1;    // without asking whether there are as many
-  static constexpr int of_tile = held * kUpdateThreads / 32;  // computed in one pass over the tokens
+  static constexpr int across = kSide / 8;                           // instructions
+  static constexpr int down = kSide == 32 ? 2 : 1;                   // of them
+  static constexpr int held = 128 / kUpdateWarps / (across * down);  // fragments of a warp
+  static constexpr int together = held > 4   ? 4
+                                  : held > 2 ? held / 2
+                                             : held;   // without asking whether there are as many
+  static constexpr int of_tile = held * kUpdateWarps;  // computed in one pass over the tokens
 };
 
-/// A tile of the plan.
+/// Where a tile's part of the plan lies.
 struct UpdatePlan {
+  const int* counts;
   const int* rows;
   const int* columns;
   const int* fragments;
-  int row_count;
-  int column_count;
-  int fragment_count;
 
   LOWPREC_DEVICE UpdatePlan(const int* plan, int tiles, int tile, int size) {
     const int64_t all = static_cast<int64_t>(tiles) * size, own = static_cast<int64_t>(tile) * size;
+    counts = plan + 4 * tile;
     rows = plan + 4 * tiles + own;
     columns = plan + 4 * tiles + all + own;
     fragments = plan + 4 * tiles + 2 * all + 4 * own;
-    row_count = __ldg(plan + 4 * tile);
-    column_count = __ldg(plan + 4 * tile + 1);
-    fragment_count = __ldg(plan + 4 * tile + 2);
   }
 };
 
 /// A place among the tokens of all pairs.
 struct UpdateCursor {
   int pair;
-  int64_t token;
+  int token;
 
   /// Where a chunk begins.
   static LOWPREC_DEVICE UpdateCursor at(const UpdateCall& call, int chunk) {
     UpdateCursor cursor{0, chunk};
     for (; cursor.pair < call.pairs; ++cursor.pair) {
-      const int64_t chunks = (call.pair[cursor.pair].tokens + kUpdateChunk - 1) / kUpdateChunk;
+      const int chunks = (call.pair[cursor.pair].tokens + kUpdateChunk - 1) / kUpdateChunk;
       if (cursor.token < chunks) break;
       cursor.token -= chunks;
     }
@@ -70,8 +69,18 @@ struct UpdateCursor {
 
   /// Tokens from here on, no more than a stage takes.
   LOWPREC_DEVICE int left(const UpdateCall& call, int stage) const {
-    const int64_t rest = call.pair[pair].tokens - token;
-    return rest < stage ? static_cast<int>(rest) : stage;
+    return min(call.pair[pair].tokens - token, stage);
+  }
+};
+
+/// e4m3fn with its own bias, by the device's conversion.
+struct NativeCodes {
+  static constexpr int batch = 2;
+
+  LOWPREC_DEVICE uint4 operator()(uint2 codes) const {
+    return {
+        codes::e4m3_to_half(static_cast<uint16_t>(codes.x)), codes::e4m3_to_half(static_cast<uint16_t>(codes.x >> 16)),
+        codes::e4m3_to_half(static_cast<uint16_t>(codes.y)), codes::e4m3_to_half(static_cast<uint16_t>(codes.y >> 16))};
   }
 };
 
@@ -146,33 +155,36 @@ class UpdateTile {
   using Fragment = UpdateFragment<kSide>;
 
  public:
-  /// Shared memory besides the stages: the tile's inputs and outputs, and where fragments find theirs in a stage.
-  static constexpr int head = (2 * update_tile(kSide) * 4 + Fragment::of_tile * 16 + 127) / 128 * 128;
+  /// Shared memory besides the stages: where fragments find their operands in a stage, which weights they are, and the
+  /// tile's inputs and outputs.
+  static constexpr int head = (Fragment::of_tile * 24 + 2 * update_tile(kSide) * 4 + 127) / 128 * 128;
 
   LOWPREC_DEVICE UpdateTile(const UpdateCall& call, const UpdateCodes<kHalf>& codes, unsigned char* shared)
       : call_(call),
         codes_(codes),
-        plan_(call.plan, call.tiles, blockIdx.x, update_tile(call.block)),
-        stage_(kUpdateChunk, (plan_.row_count + plan_.column_count) * call.block),
+        plan_(call.plan, call.tiles, blockIdx.x, call.tile),
+        row_count_(__ldg(plan_.counts)),
+        column_count_(__ldg(plan_.counts + 1)),
+        fragment_count_(__ldg(plan_.counts + 2)),
+        stage_(kUpdateChunk, 0),
         log_block_(call.log_block),
-        slots_(reinterpret_cast<int*>(shared)),
-        places_(reinterpret_cast<uint4*>(shared + 2 * update_tile(kSide) * 4)),
+        places_(reinterpret_cast<uint4*>(shared)),
+        weights_(reinterpret_cast<int2*>(shared + Fragment::of_tile * 16)),
+        slots_(reinterpret_cast<int*>(shared + Fragment::of_tile * 24)),
         base_(shared_address(shared) + head),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32) {}
 
   LOWPREC_DEVICE void run() {
-    for (int i = threadIdx.x; i < plan_.row_count; i += kUpdateThreads) slots_[i] = __ldg(plan_.rows + i);
-    for (int i = threadIdx.x; i < plan_.column_count; i += kUpdateThreads) {
-      slots_[plan_.row_count + i] = __ldg(plan_.columns + i);
+    // Without regard to how many there are, so that nothing waits for that.
+    for (int i = threadIdx.x; i < 2 * call_.tile; i += kUpdateThreads) {
+      slots_[i] = __ldg(i < call_.tile ? plan_.rows + i : plan_.columns + i - call_.tile);
     }
-    const int part = blockIdx.y;
-    const int from = static_cast<int>(static_cast<int64_t>(call_.chunks) * part / call_.parts);
-    const int to = static_cast<int>(static_cast<int64_t>(call_.chunks) * (part + 1) / call_.parts);
+    const int from = blockIdx.y * call_.part_chunks, to = min(from + call_.part_chunks, call_.chunks);
     begin_ = UpdateCursor::at(call_, from);
-    end_ = UpdateCursor::at(call_, to);
+    end_ = to == call_.chunks ? UpdateCursor{call_.pairs, 0} : UpdateCursor::at(call_, to);
     choose_stages(to - from);
-    const int fragments = plan_.fragment_count * (call_.block > kSide ? 4 : 1);
+    const int fragments = fragment_count_ << log_quarters();
     for (int first = 0; first < fragments; first += Fragment::of_tile) pass(first, fragments);
   }
 
@@ -180,8 +192,9 @@ class UpdateTile {
   /// The longest stages of which two fit, or one that takes all there is.
   LOWPREC_DEVICE void choose_stages(int chunks) {
     for (int tokens = kUpdateChunk; tokens >= 16; tokens /= 2) {
-      stage_ = UpdateStage<kFirst>(tokens, stage_.features);
-      stages_ = min(call_.stage_bytes / stage_.bytes(), 4);
+      stage_ = UpdateStage<kFirst>(tokens, (row_count_ + column_count_) << log_block_);
+      const int bytes = stage_.bytes(), room = call_.stage_bytes;
+      stages_ = (bytes <= room) + (2 * bytes <= room) + (3 * bytes <= room) + (4 * bytes <= room);
       if (stages_ >= 2 || (stages_ == 1 && chunks == 1 && tokens == kUpdateChunk)) return;
     }
   }
@@ -192,37 +205,43 @@ class UpdateTile {
   LOWPREC_DEVICE void pass(int first, int fragments) {
     __syncthreads();
     place_fragments(first, fragments);
-    const int count = max(min(fragments - first, Fragment::of_tile) - warp_ + 7, 0) / 8;
+    const int count = max(min(fragments - first, Fragment::of_tile) - warp_ + kUpdateWarps - 1, 0) / kUpdateWarps;
     float sum[Fragment::held][Fragment::down][Fragment::across][4] = {};
     __syncthreads();
-    UpdateCursor ahead = begin_;
-    for (int i = 0; i < stages_; ++i) copy(ahead, i);
-    int now = 0;
-    for (UpdateCursor cursor = begin_; cursor != end_; cursor.advance(call_, stage_.tokens)) {
+    UpdateCursor cursor = begin_, ahead = begin_;
+    int at = 0;
+    for (int copied = 1; cursor != end_; ++copied) {
+      copy(ahead, at);
+      at = at + 1 == stages_ ? 0 : at + 1;
+      if (copied < stages_) continue;
+      const int valid = cursor.left(call_, stage_.tokens);
       wait_for_copies(stages_ - 1);
+      decode(stage(at), valid);
       __syncthreads();
-      multiply(stage(now), (cursor.left(call_, stage_.tokens) + 15) / 16, count, sum);
+      multiply(stage(at), (valid + 15) / 16, count, sum);
       __syncthreads();
-      copy(ahead, now);
-      now = now + 1 == stages_ ? 0 : now + 1;
+      cursor.advance(call_, stage_.tokens);
     }
     wait_for_copies(0);
-    store(first, count, sum);
+    store(count, sum);
   }
+
+  /// A block of 64 has four fragments.
+  LOWPREC_DEVICE int log_quarters() const { return call_.block > kSide ? 2 : 0; }
 
   /// Where the fragments of a pass find their operands. Places that are left over point anywhere within.
   LOWPREC_DEVICE void place_fragments(int first, int fragments) const {
     for (int i = threadIdx.x; i < Fragment::of_tile; i += kUpdateThreads) {
-      uint4 place = {0, 0, 0, 0};
-      if (first + i < fragments) {
-        const int quarters = call_.block > kSide ? 4 : 1, part = (first + i) % quarters;
-        const int* of = plan_.fragments + 4 * ((first + i) / quarters);
-        const int rows = __ldg(of), column = (__ldg(of + 1) + plan_.row_count) * call_.block + kSide * (part & 1);
-        const int row = (rows & 0xffff) * call_.block + kSide * (part >> 1);
-        const int second = kSide == 8 ? (rows >> 16) * call_.block : row;
-        place = {stage_.at(0, row), stage_.at(0, column), stage_.at(0, second), stage_.at(0, column)};
-      }
-      places_[i] = place;
+      const int part = call_.block > kSide ? i & 3 : 0, number = min((first + i) >> log_quarters(), call_.tile - 1);
+      const int* of = plan_.fragments + 4 * number;
+      const int rows = __ldg(of), columns = __ldg(of + 1), weight = __ldg(of + 2), second_weight = __ldg(of + 3);
+      const int column = (columns + row_count_) * call_.block + kSide * (part & 1);
+      const int row = (rows & 0xffff) * call_.block + kSide * (part >> 1);
+      const int second = kSide == 8 ? (rows >> 16) * call_.block : row;
+      const bool any = first + i < fragments;
+      places_[i] = any ? uint4{stage_.at(0, row), stage_.at(0, column), stage_.at(0, second), stage_.at(0, column)}
+                       : uint4{0, 0, 0, 0};
+      weights_[i] = {weight, second_weight};
     }
   }
 
@@ -238,18 +257,38 @@ class UpdateTile {
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
 
-  LOWPREC_DEVICE void copy_operand(int side, const UpdateOperand& operand, int64_t token, int valid, uint32_t to) {
-    const UpdateSlots slots{slots_ + (side ? plan_.row_count : 0), side ? plan_.column_count : plan_.row_count,
-                            side ? plan_.row_count << log_block_ : 0, log_block_};
-    const CodeReader<kHalf>& read = codes_.read[side];
-    if (!operand.quick) {
-      const CopyStrided<kHalf> how{operand.data, kFirst ? operand.token : operand.feature, codes_.codes[side], read};
-      copy_blocks(stage_, to, operand, slots, token, valid, how);
+  /// The blocks of x or of dy.
+  LOWPREC_DEVICE UpdateSlots slots(int side) const {
+    return {slots_ + (side ? call_.tile : 0), side ? column_count_ : row_count_, side ? row_count_ << log_block_ : 0,
+            log_block_};
+  }
+
+  LOWPREC_DEVICE void copy_operand(int side, const UpdateOperand& operand, int token, int valid, uint32_t to) const {
+    const int tokens = (valid + 15) & ~15, stride = operand.stride;
+    const char* const data = static_cast<const char*>(operand.data);
+    if (stride == 0) {
+      for_granules(stage_, to, slots(side), tokens, CopyElements<kFirst>{operand, token, valid, codes_.codes[side]});
     } else if (codes_.codes[side]) {
-      copy_blocks(stage_, to, operand, slots, token, valid,
-                  CopyCodes<kHalf>{static_cast<const uint8_t*>(operand.data), read});
+      const char* const first = data + (kFirst ? token : static_cast<int64_t>(token) * stride);
+      for_granules(stage_, to, slots(side), tokens, CopyGranules<kFirst, 8>{first, stride, valid});
     } else {
-      copy_blocks(stage_, to, operand, slots, token, valid, CopyValues{static_cast<const uint16_t*>(operand.data)});
+      const char* const first = data + (kFirst ? 2 * token : static_cast<int64_t>(token) * stride);
+      for_granules(stage_, to, slots(side), tokens, CopyGranules<kFirst, 16>{first, stride, valid});
+    }
+  }
+
+  /// Make values of the codes that this thread has copied.
+  LOWPREC_DEVICE void decode(uint32_t at, int valid) const {
+    const int tokens = (valid + 15) & ~15;
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      if (!codes_.codes[side]) continue;
+      const CodeReader<kHalf>& read = codes_.read[side];
+      if (read.is_native()) {
+        for_granules(stage_, at, slots(side), tokens, DecodeGranules<NativeCodes>{NativeCodes{}});
+      } else {
+        for_granules(stage_, at, slots(side), tokens, DecodeGranules<CodeReader<kHalf>>{read});
+      }
     }
   }
 
@@ -257,23 +296,26 @@ class UpdateTile {
   template <class Sums>
   LOWPREC_DEVICE void multiply(uint32_t base, int steps, int count, Sums& sum) const {
     constexpr int further = kSide > 8 ? 8 : 0;  // feature of a fragment's lower half: of 8, a block's own
-    const int eighth = lane_ & 7, half = lane_ >> 3 & 1, upper = lane_ >> 4;
+    const int eighth = lane_ & 7, half = lane_ >> 3 & 1, upper = lane_ >> 4, pitch = stage_.pitch();
     const uint32_t places = shared_address(places_ + warp_) + 8 * half;
-    const int beside = kFirst ? 16 * stage_.pitch() : 32;  // 16 features on
+    const int beside = kFirst ? 16 * pitch : 32;  // 16 features on
+    const int swizzle = kFirst ? stage_.swizzle(eighth) : 0;
+    const uint32_t left_row = base + (kFirst ? (eighth + further * half) * pitch : (eighth + 8 * upper) * pitch);
+    const uint32_t right_row = base + (kFirst ? (eighth + further * upper) * pitch : (eighth + 8 * half) * pitch);
+    const uint32_t left_place = kFirst ? (upper ^ swizzle) << 4 : further * half * 2;
+    const uint32_t right_place = kFirst ? (half ^ swizzle) << 4 : further * upper * 2;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const int token = 16 * step;
-      const uint32_t left = base + (kFirst ? stage_.at(token + 8 * upper, eighth + further * half)
-                                           : stage_.at(token + eighth + 8 * upper, further * half));
-      const uint32_t right = base + (kFirst ? stage_.at(token + 8 * half, eighth + further * upper)
-                                            : stage_.at(token + eighth + 8 * half, further * upper));
+      const uint32_t left = kFirst ? left_row + (left_place ^ step << 5) : left_row + left_place + step * 16 * pitch;
+      const uint32_t right =
+          kFirst ? right_row + (right_place ^ step << 5) : right_row + right_place + step * 16 * pitch;
 #pragma unroll
       for (int group = 0; group < Fragment::held; group += Fragment::together) {
         if (group >= count) break;
 #pragma unroll
         for (int i = group; i < group + Fragment::together; ++i) {
           uint32_t x, y;
-          asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(places + 16 * 8 * i));
+          asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(places + 16 * kUpdateWarps * i));
           multiply_fragment(left + x, right + y, beside, sum[i]);
         }
       }
@@ -303,61 +345,55 @@ class UpdateTile {
     }
   }
 
-  /// Write sums. Neighbouring lanes exchange pairs, so that each has four elements of a row.
+  /// Write sums, four fours of a thread at a time: so many loads of what was there before are under way at once.
   template <class Sums>
-  LOWPREC_DEVICE void store(int first, int count, const Sums& sum) const {
+  LOWPREC_DEVICE void store(int count, const Sums& sum) const {
+    constexpr int each = Fragment::down * (kSide == 8 ? 1 : Fragment::across);  // fours of a fragment
+    static_assert(Fragment::held * each % 4 == 0);
+    const bool odd = lane_ & 1;
+    const int part = call_.block > kSide ? warp_ % 4 : 0;
+    const int row = kSide * (part >> 1) + lane_ / 4, column = kSide * (part & 1) + 4 * (lane_ % 4 / 2);
 #pragma unroll
-    for (int i = 0; i < Fragment::held; ++i) {
-      if (i >= count) break;
-      const int quarters = call_.block > kSide ? 4 : 1, number = first + 8 * i + warp_, part = number % quarters;
-      const int* of = plan_.fragments + 4 * (number / quarters);
-      const int row = kSide * (part >> 1) + lane_ / 4, column = kSide * (part & 1) + 4 * (lane_ % 4 / 2);
-      const bool odd = lane_ & 1;
-      if constexpr (kSide == 8) {
-        const float4 four = exchange(sum[i][0][0] + 0, sum[i][0][0] + 2, odd);
-        write(__ldg(of + 2 + odd), row, column, four);
-      } else {
-        const int weight = __ldg(of + 2);
+    for (int begin = 0; begin < Fragment::held * each; begin += 4) {
+      if (begin / each >= count) break;
+      Four four[4];
 #pragma unroll
-        for (int m = 0; m < Fragment::down; ++m) {
-#pragma unroll
-          for (int n = 0; n < Fragment::across; n += 2) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const float4 four = exchange(sum[i][m][n] + 2 * h, sum[i][m][n + 1] + 2 * h, odd);
-              write(weight, row + 16 * m + 8 * h, column + 8 * (n + odd), four);
-            }
-          }
-        }
+      for (int i = 0; i < 4; ++i) {
+        const int fragment = (begin + i) / each, q = (begin + i) % each;
+        const auto& of = sum[fragment];
+        const int m = q / Fragment::across, n = q / 2 * 2 % Fragment::across, h = q % 2;
+        const float* const even = kSide == 8 ? of[0][0] : of[m][n] + 2 * h;
+        const float* const other = kSide == 8 ? of[0][0] + 2 : of[m][n + 1] + 2 * h;
+        const int place = kSide == 8 ? 0 : (16 * m + 8 * h << log_block_) + 8 * (n + odd);
+        const int2 weights = weights_[kUpdateWarps * fragment + warp_];
+        const int weight = kSide < 32 && fragment >= count ? -1 : kSide == 8 && odd ? weights.y : weights.x;
+        const int64_t origin = static_cast<int64_t>(weight) << 2 * log_block_;
+        four[i] = {kSide == 32 || weight >= 0, weight, origin + ((row << log_block_) + column + place),
+                   exchange(even, other, odd)};
       }
+      write_fours(call_.out, four, blockIdx.y * (call_.weights << 2 * log_block_));
     }
   }
 
-  static LOWPREC_DEVICE float4 exchange(const float* even, const float* odd_pair, bool odd) {
-    const float x = __shfl_xor_sync(~0u, odd ? even[0] : odd_pair[0], 1);
-    const float y = __shfl_xor_sync(~0u, odd ? even[1] : odd_pair[1], 1);
-    return odd ? float4{x, y, odd_pair[0], odd_pair[1]} : float4{even[0], even[1], x, y};
-  }
-
-  LOWPREC_DEVICE void write(int weight, int row, int column, float4 four) const {
-    if (weight < 0) return;
-    const int64_t element = ((static_cast<int64_t>(weight) << log_block_) + row << log_block_) + column;
-    if (call_.out.sums) {
-      const int64_t part = blockIdx.y * (call_.weights << 2 * log_block_);
-      *reinterpret_cast<float4*>(call_.out.sums + part + element) = four;
-    } else {
-      write_four(call_.out, weight, element, four);
-    }
+  /// Neighbouring lanes exchange pairs of two instructions, so that each has four elements of a row.
+  static LOWPREC_DEVICE float4 exchange(const float* even, const float* other, bool odd) {
+    const float x = __shfl_xor_sync(~0u, odd ? even[0] : other[0], 1);
+    const float y = __shfl_xor_sync(~0u, odd ? even[1] : other[1], 1);
+    return odd ? float4{x, y, other[0], other[1]} : float4{even[0], even[1], x, y};
   }
 
   const UpdateCall& call_;
   const UpdateCodes<kHalf>& codes_;
   UpdatePlan plan_;
+  int row_count_;
+  int column_count_;
+  int fragment_count_;
   UpdateStage<kFirst> stage_;
   int stages_ = 1;
   int log_block_;
-  int* slots_;
   uint4* places_;
+  int2* weights_;
+  int* slots_;
   uint32_t base_;
   int warp_;
   int lane_;

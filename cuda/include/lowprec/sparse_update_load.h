@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "lowprec/inline.h"
-#include "lowprec/sparse_codes.h"
 #include "lowprec/sparse_update.h"
 
 namespace lowprec {
@@ -39,15 +38,63 @@ struct UpdateStage {
   }
 };
 
-/// Granules that a thread copies together: so many loads are under way at once.
-constexpr int kUpdateBatch = 4;
+/// A part of a stage: the blocks of one operand, and where they begin among its features.
+struct UpdateSlots {
+  const int* blocks;  // in shared memory
+  int count;
+  int feature;  // the first one's in the stage
+  int log_block;
 
-/// Where granules come from, how many of their elements there are, and where they go.
-struct UpdateBatch {
-  int64_t from[kUpdateBatch];  // element
-  int valid[kUpdateBatch];     // -1: no granule
-  uint32_t to[kUpdateBatch];
+  LOWPREC_DEVICE int features() const { return count << log_block; }
+
+  /// The layer's feature that one of the operand's is.
+  LOWPREC_DEVICE int operator[](int feature) const {
+    return (blocks[feature >> log_block] << log_block) + (feature & ((1 << log_block) - 1));
+  }
 };
+
+/// Call visit(feature of the layer, token, address, whether there is such a granule) for the granules of an operand's
+/// blocks and of the first `tokens` tokens, a multiple of 16. The same thread visits a granule each time. Granules come
+/// in batches without branches between them.
+template <bool kFirst, class Visit>
+LOWPREC_DEVICE void for_granules(const UpdateStage<kFirst>& stage, uint32_t base, const UpdateSlots& slots, int tokens,
+                                 const Visit& visit) {
+  constexpr int warps = kUpdateWarps, log_warps = 3, batch = Visit::batch;
+  static_assert(1 << log_warps == warps);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, features = slots.features();
+  if constexpr (kFirst) {
+    const int rows = 32 >> stage.log_row, token = 8 * (lane & ((1 << stage.log_row) - 1));
+    if (token >= tokens) return;
+    int feature = warp * rows + (lane >> stage.log_row);
+    uint32_t to = base + stage.at(token, slots.feature + feature);
+    const uint32_t step = warps * rows * stage.pitch();
+    for (; feature < features; feature += batch * warps * rows) {
+#pragma unroll
+      for (int n = 0; n < batch; ++n, to += step) {
+        const int own = feature + n * warps * rows;
+        visit(slots[min(own, features - 1)], token, to, own < features);
+      }
+    }
+  } else {
+    // Warps divide groups of features among them, and only as far as there are too few the tokens: what a thread finds
+    // out about its features then serves many tokens.
+    const int log_lanes = features <= 64 ? 3 : features <= 128 ? 4 : 5, rows = 32 >> log_lanes;
+    const int groups = (features + 255) / 256, log_share = log_warps - min(groups - 1, 2);
+    const int stride = rows << log_share;
+    const uint32_t step = stride * stage.pitch();
+    for (int unit = warp; unit < groups << log_share; unit += warps) {
+      const int feature = 256 * (unit >> log_share) + 8 * (lane & ((1 << log_lanes) - 1));
+      if (feature >= features) continue;
+      const int own = slots[feature];
+      int token = (unit & ((1 << log_share) - 1)) * rows + (lane >> log_lanes);
+      uint32_t to = base + stage.at(token, slots.feature + feature);
+      for (; token < tokens; token += batch * stride) {
+#pragma unroll
+        for (int n = 0; n < batch; ++n, to += step) visit(own, token + n * stride, to, token + n * stride < tokens);
+      }
+    }
+  }
+}
 
 LOWPREC_DEVICE void store_granule(uint32_t to, uint4 value) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
@@ -55,135 +102,76 @@ LOWPREC_DEVICE void store_granule(uint32_t to, uint4 value) {
                : "memory");
 }
 
-/// Copies of 16-bit values that lie side by side: by the asynchronous copier.
-struct CopyValues {
-  const uint16_t* data;
+/// Copies of granules of values, or into their lower halves of codes, that lie side by side: by the asynchronous
+/// copier.
+template <bool kFirst, int kBytes>
+struct CopyGranules {
+  static constexpr int batch = 2;
+  static constexpr int size = kBytes / 8;  // of an element
 
-  LOWPREC_DEVICE void operator()(const UpdateBatch& batch) const {
-#pragma unroll
-    for (int n = 0; n < kUpdateBatch; ++n) {
-      if (batch.valid[n] < 0) continue;
-      const void* from = batch.valid[n] > 0 ? data + batch.from[n] : data;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(batch.to[n]), "l"(from),
-                   "r"(2 * batch.valid[n])
-                   : "memory");
+  const char* data;  // of the first token
+  int stride;        // bytes from token to token, or from feature to feature
+  int valid;         // tokens
+
+  LOWPREC_DEVICE void operator()(int feature, int token, uint32_t to, bool any) const {
+    const char* const along = data + (kFirst ? token : feature) * static_cast<int64_t>(size);
+    uint64_t from;  // by one instruction: the compiler takes four
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(from) : "r"(kFirst ? feature : token), "r"(stride), "l"(along));
+    const int bytes = kFirst ? min(max(valid - token, 0) * size, kBytes) : token < valid ? kBytes : 0;
+    if constexpr (kBytes == 16) {
+      asm volatile(
+          "{.reg .pred any; setp.ne.b32 any, %3, 0; @any cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(to),
+          "l"(from), "r"(bytes), "r"(static_cast<int>(any))
+          : "memory");
+    } else {
+      asm volatile(
+          "{.reg .pred any; setp.ne.b32 any, %3, 0; @any cp.async.ca.shared.global [%0], [%1], 8, %2;}" ::"r"(to),
+          "l"(from), "r"(bytes), "r"(static_cast<int>(any))
+          : "memory");
     }
-  }
-};
-
-/// Of codes that lie side by side.
-template <bool kHalf>
-struct CopyCodes {
-  const uint8_t* data;
-  const CodeReader<kHalf>& read;
-
-  LOWPREC_DEVICE void operator()(const UpdateBatch& batch) const {
-    uint2 codes[kUpdateBatch];
-#pragma unroll
-    for (int n = 0; n < kUpdateBatch; ++n) codes[n] = load(batch.from[n], batch.valid[n]);
-#pragma unroll
-    for (int n = 0; n < kUpdateBatch; ++n) {
-      if (batch.valid[n] >= 0) store_granule(batch.to[n], read(codes[n]));
-    }
-  }
-
- private:
-  /// The code 0 is zero in every format.
-  LOWPREC_DEVICE uint2 load(int64_t from, int valid) const {
-    if (valid == 8) return __ldg(reinterpret_cast<const uint2*>(data + from));
-    uint64_t codes = 0;
-    for (int i = 0; i < valid; ++i) codes |= static_cast<uint64_t>(data[from + i]) << (8 * i);
-    return {static_cast<uint32_t>(codes), static_cast<uint32_t>(codes >> 32)};
   }
 };
 
 /// Of either, in any strides: one element after the other.
-template <bool kHalf>
-struct CopyStrided {
-  const void* data;
-  int64_t stride;  // from element to element of a granule
+template <bool kFirst>
+struct CopyElements {
+  static constexpr int batch = 1;
+
+  const UpdateOperand& operand;
+  int64_t first;  // token
+  int valid;
   bool codes;
-  const CodeReader<kHalf>& read;
 
-  LOWPREC_DEVICE void operator()(const UpdateBatch& batch) const {
+  LOWPREC_DEVICE void operator()(int feature, int token, uint32_t to, bool) const {
+    const int64_t step = kFirst ? operand.token : operand.feature;
+    int64_t from = feature * operand.feature + (first + token) * operand.token;
 #pragma unroll 1
-    for (int n = 0; n < kUpdateBatch; ++n) {
-      if (batch.valid[n] >= 0) store_granule(batch.to[n], granule(batch.from[n], batch.valid[n]));
-    }
-  }
-
- private:
-  LOWPREC_DEVICE uint4 granule(int64_t from, int valid) const {
-    uint64_t low = 0, high = 0;
-#pragma unroll 1
-    for (int i = 7; i >= 0; --i) {
-      const int width = codes ? 8 : 16;
-      uint64_t element = 0;
-      if (i < valid) {
-        const int64_t at = from + i * stride;
-        element = codes ? static_cast<const uint8_t*>(data)[at] : static_cast<const uint16_t*>(data)[at];
+    for (int i = 0; i < 8; ++i, from += step) {
+      const bool any = (kFirst ? token + i : token) < valid;
+      if (codes) {
+        const uint32_t element = any ? static_cast<const uint8_t*>(operand.data)[from] : 0;
+        asm volatile("st.shared.u8 [%0], %1;" ::"r"(to + i), "r"(element) : "memory");
+      } else {
+        const uint16_t element = any ? static_cast<const uint16_t*>(operand.data)[from] : 0;
+        asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + 2 * i), "h"(element) : "memory");
       }
-      high = high << width | low >> (64 - width);
-      low = low << width | element;
     }
-    const uint2 words = {static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32)};
-    if (codes) return read(words);
-    return {words.x, words.y, static_cast<uint32_t>(high), static_cast<uint32_t>(high >> 32)};
   }
 };
 
-/// A part of a stage: the blocks of one operand, and where they begin among its features.
-struct UpdateSlots {
-  const int* blocks;  // in shared memory
-  int count;
-  int feature;  // the first one's in the stage
-  int log_block;
-};
+/// Makes values of the codes in a granule's lower half. The code 0 is zero in every format.
+template <class Read>
+struct DecodeGranules {
+  static constexpr int batch = Read::batch;
 
-/// Copy tokens [token, token + 16 · steps) of an operand's blocks, of which `valid` exist.
-template <bool kFirst, class Copy>
-LOWPREC_DEVICE void copy_blocks(const UpdateStage<kFirst>& stage, uint32_t base, const UpdateOperand& operand,
-                                const UpdateSlots& slots, int64_t token, int valid, const Copy& copy) {
-  constexpr int warps = kUpdateThreads / 32;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int tokens = (valid + 15) & ~15, features = slots.count << slots.log_block;
-  UpdateBatch batch;
-  if constexpr (kFirst) {
-    const int rows = 32 >> stage.log_row, part = 8 * (lane & ((1 << stage.log_row) - 1));
-    const int left = part < tokens ? max(min(valid - part, 8), 0) : -1;
-    for (int row = warp * rows + (lane >> stage.log_row); row < features; row += warps * rows * kUpdateBatch) {
-#pragma unroll
-      for (int n = 0; n < kUpdateBatch; ++n) {
-        const int each = row + n * warps * rows;
-        const bool any = each < features;
-        const int64_t block = slots.blocks[any ? each >> slots.log_block : 0];
-        const int64_t feature = (block << slots.log_block) + (each & ((1 << slots.log_block) - 1));
-        batch.from[n] = feature * operand.feature + (token + part) * operand.token;
-        batch.valid[n] = any ? left : -1;
-        batch.to[n] = base + stage.at(part, slots.feature + each);
-      }
-      copy(batch);
-    }
-  } else {
-    const int granules = features / 8;
-    const int log_lanes = granules <= 8 ? 3 : granules <= 16 ? 4 : 5, rows = 32 >> log_lanes;
-    for (int granule = lane & ((1 << log_lanes) - 1); granule < granules; granule += 32) {
-      const int log_wide = slots.log_block - 3;
-      const int64_t block = slots.blocks[granule >> log_wide];
-      const int64_t feature = (block << slots.log_block) + 8 * (granule & ((1 << log_wide) - 1));
-      const int64_t from = feature * operand.feature + token * operand.token;
-      for (int row = warp * rows + (lane >> log_lanes); row < tokens; row += warps * rows * kUpdateBatch) {
-#pragma unroll
-        for (int n = 0; n < kUpdateBatch; ++n) {
-          const int each = row + n * warps * rows;
-          batch.from[n] = from + each * operand.token;
-          batch.valid[n] = each >= tokens ? -1 : each < valid ? 8 : 0;
-          batch.to[n] = base + stage.at(each, slots.feature + 8 * granule);
-        }
-        copy(batch);
-      }
-    }
+  const Read& read;
+
+  LOWPREC_DEVICE void operator()(int, int, uint32_t at, bool any) const {
+    if (!any) return;
+    uint2 codes;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(codes.x), "=r"(codes.y) : "r"(at) : "memory");
+    store_granule(at, read(codes));
   }
-}
+};
 
 }  // namespace lowprec

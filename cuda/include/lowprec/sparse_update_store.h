@@ -9,9 +9,10 @@
 namespace lowprec {
 
 /// Two float32 as 16-bit values, the first one below.
-LOWPREC_DEVICE uint32_t pack(float low, float high, bool half) {
+template <bool kHalf>
+LOWPREC_DEVICE uint32_t pack(float low, float high) {
   uint32_t result;
-  if (half) {
+  if constexpr (kHalf) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   } else {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
@@ -19,44 +20,83 @@ LOWPREC_DEVICE uint32_t pack(float low, float high, bool half) {
   return result;
 }
 
-/// And back: the lower or the upper one.
-LOWPREC_DEVICE float unpack(uint32_t pair, bool upper, bool half) {
-  if (!half) return __uint_as_float(upper ? pair & 0xffff0000u : pair << 16);
+/// And back: the lower one of a word. The upper one of bfloat16 as the lower one of the word moved down.
+template <bool kHalf>
+LOWPREC_DEVICE float unpack(uint32_t pair) {
+  if constexpr (!kHalf) return __uint_as_float(pair << 16);
   float result;
-  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(result) : "r"(upper ? pair >> 16 : pair));
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(static_cast<uint16_t>(pair)));
   return result;
 }
 
-/// What four neighbouring elements held.
-LOWPREC_DEVICE float4 read_four(const UpdateOutput& out, int64_t element) {
-  if (out.kind == UpdateOutput::float32)
-    return *reinterpret_cast<const float4*>(static_cast<float*>(out.data) + element);
-  const uint2 old = *reinterpret_cast<const uint2*>(static_cast<uint16_t*>(out.data) + element);
-  const bool half = out.kind == UpdateOutput::float16;
-  return {unpack(old.x, false, half), unpack(old.x, true, half), unpack(old.y, false, half), unpack(old.y, true, half)};
+template <bool kHalf>
+LOWPREC_DEVICE float4 unpack(uint2 four) {
+  return {unpack<kHalf>(four.x), unpack<kHalf>(four.x >> 16), unpack<kHalf>(four.y), unpack<kHalf>(four.y >> 16)};
 }
 
-/// Write four neighbouring elements of a weight block from their sums.
-static __device__ __noinline__ void write_four(const UpdateOutput& out, int64_t weight, int64_t element, float4 sum) {
-  float4 value = sum;
+/// Four neighbouring elements of a row of a weight block: where they go, and their sums.
+struct Four {
+  bool any;
+  int weight;
+  int64_t element;
+  float4 sum;
+};
+
+/// gate · sum, or nothing if the gate is closed.
+LOWPREC_DEVICE float4 gated(float4 sum, float gate) {
+  if (gate == 0) return {0, 0, 0, 0};
+  return {__fmul_rn(gate, sum.x), __fmul_rn(gate, sum.y), __fmul_rn(gate, sum.z), __fmul_rn(gate, sum.w)};
+}
+
+/// beta · old + sum.
+LOWPREC_DEVICE float4 added(float4 sum, float beta, float4 old) {
+  const auto add = [&](float was, float more) { return __fadd_rn(__fmul_rn(beta, was), more); };
+  return {add(old.x, sum.x), add(old.y, sum.y), add(old.z, sum.z), add(old.w, sum.w)};
+}
+
+/// Write elements of float32.
+template <int N>
+LOWPREC_DEVICE void write_singles(float* data, float beta, const Four (&four)[N]) {
+  float4 old[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (beta != 0 && four[i].any) old[i] = *reinterpret_cast<const float4*>(data + four[i].element);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (!four[i].any) continue;
+    *reinterpret_cast<float4*>(data + four[i].element) = beta != 0 ? added(four[i].sum, beta, old[i]) : four[i].sum;
+  }
+}
+
+/// Write elements of 16 bits.
+template <bool kHalf, int N>
+LOWPREC_DEVICE void write_halves(uint16_t* data, float beta, const Four (&four)[N]) {
+  uint2 old[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (beta != 0 && four[i].any) old[i] = *reinterpret_cast<const uint2*>(data + four[i].element);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    float4 sum = four[i].sum;
+    if (beta != 0) sum = added(sum, beta, unpack<kHalf>(old[i]));
+    const uint2 value = {pack<kHalf>(sum.x, sum.y), pack<kHalf>(sum.z, sum.w)};
+    if (four[i].any) *reinterpret_cast<uint2*>(data + four[i].element) = value;
+  }
+}
+
+/// Write some fours, or their sums alone, these from `part` on.
+template <int N>
+LOWPREC_DEVICE void write_fours(const UpdateOutput& out, Four (&four)[N], int64_t part) {
+  if (out.sums) return write_singles(out.sums + part, 0, four);
   if (out.gate) {
-    const float gate = __ldg(out.gate + weight);
-    const bool open = gate != 0;
-    value = {open ? __fmul_rn(gate, sum.x) : 0.0f, open ? __fmul_rn(gate, sum.y) : 0.0f,
-             open ? __fmul_rn(gate, sum.z) : 0.0f, open ? __fmul_rn(gate, sum.w) : 0.0f};
+#pragma unroll
+    for (int i = 0; i < N; ++i) four[i].sum = gated(four[i].sum, __ldg(out.gate + max(four[i].weight, 0)));
   }
-  if (out.beta != 0) {
-    const float4 old = read_four(out, element);
-    const auto add = [&](float was, float more) { return __fadd_rn(__fmul_rn(out.beta, was), more); };
-    value = {add(old.x, value.x), add(old.y, value.y), add(old.z, value.z), add(old.w, value.w)};
-  }
-  if (out.kind == UpdateOutput::float32) {
-    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + element) = value;
-    return;
-  }
-  const bool half = out.kind == UpdateOutput::float16;
-  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(out.data) + element) = {pack(value.x, value.y, half),
-                                                                           pack(value.z, value.w, half)};
+  if (out.kind == UpdateOutput::float32) return write_singles(static_cast<float*>(out.data), out.beta, four);
+  if (out.kind == UpdateOutput::float16) return write_halves<true>(static_cast<uint16_t*>(out.data), out.beta, four);
+  write_halves<false>(static_cast<uint16_t*>(out.data), out.beta, four);
 }
 
 /// Add up the parts of sums in their order, four elements a thread, and write them.
@@ -69,7 +109,10 @@ __global__ void __launch_bounds__(kUpdateThreads)
     const float4 more = *reinterpret_cast<const float4*>(out.sums + part * size + element);
     sum = {__fadd_rn(sum.x, more.x), __fadd_rn(sum.y, more.y), __fadd_rn(sum.z, more.z), __fadd_rn(sum.w, more.w)};
   }
-  write_four(out, element / block_size, element, sum);
+  UpdateOutput to = out;
+  to.sums = nullptr;
+  Four four[1] = {{true, static_cast<int>(element / block_size), element, sum}};
+  write_fours(to, four, 0);
 }
 
 }  // namespace lowprec
