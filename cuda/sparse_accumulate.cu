@@ -464,6 +464,7 @@ Tensor sparse_matmul_accumulate(const Tensor& x, const Tensor& w, const Tensor& 
   const int64_t blocks = w.size(0), block = w.size(2);
   check_block(block);
   check_same_place(x, w);
+  STD_TORCH_CHECK(x.size(!first) % block == 0, "x must have whole blocks of features");
   const SparseOperand left(x, format_of(x_format)), right(w, format_of(w_format));
   const Request call = request_of(x, accumulator, seed, offset, left, right, gate.has_value());
   const int32_t* entries = table_of(table, x, outputs + 1 + 2 * blocks);
@@ -562,6 +563,8 @@ Tensor sparse_weight_grad_accumulate(const Tensors& x, const Tensors& dy, const 
                                      const Ints& dy_format) {
   check_pairs(x, dy, first);
   check_block(block);
+  STD_TORCH_CHECK(x[0].size(!first) % block == 0 && dy[0].size(!first) % block == 0,
+                  "x and dy must have whole blocks of features");
   const SparseOperand left(x[0], format_of(x_format)), right(dy[0], format_of(dy_format));
   const Request call = request_of(x[0], accumulator, seed, offset, left, right, false);
   const auto dtype = call.is_double() ? ScalarType::Double : ScalarType::Float;

@@ -157,7 +157,7 @@ template <int kLeft, bool kFirst, bool kTranspose>
 class SingleColumn {
  public:
   static constexpr int kTokens = 32 * kLeft;
-  static constexpr int kStages = kLeft == 2 ? 8 : 4;  // in shared memory: few warps wait for memory longer
+  static constexpr int kStages = kLeft == 2 ? 8 : 3;  // in shared memory: few warps wait for memory longer
   static constexpr int kLeftFloats = kFirst ? kStageTerms * kTokens : kTokens * kLinePitch;
 
   LOWPREC_DEVICE SingleColumn(const SingleProduct& product, int column, int64_t token, float* room)

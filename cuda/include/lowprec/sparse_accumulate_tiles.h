@@ -285,7 +285,7 @@ struct PatchPlace {
 };
 
 template <class Ways>
-__global__ void __launch_bounds__(Patch::most_threads, 3)
+__global__ void __launch_bounds__(Patch::most_threads, 2)
     patch_kernel(const __grid_constant__ PatchCall call, const __grid_constant__ Ways ways, float* out) {
   extern __shared__ float4 shared[];
   __shared__ UpdateWeights weights;
