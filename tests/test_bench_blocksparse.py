@@ -7,6 +7,7 @@ import copy
 import csv
 import io
 import json
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -287,7 +288,9 @@ def test_files(record: dict[str, Any], folder: Path) -> None:
         assert picture.size[0] > 500
     page = (folder / "README.md").read_text()
     assert "RuntimeError: no such kernel" in page
-    assert page.count("\n| ") == sum(len(run["rows"]) for run in record["runs"]) + 2 * page.count("\n### ")
+    lines = sum(len(run["rows"]) + len(run["failed"]) for run in record["runs"])
+    assert page.count("\n| ") == lines + 2 * page.count("\n### ")
+    assert "| failed |" in page
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert float(rows[0]["seconds"]) == record["runs"][0]["rows"][0]["seconds"]
@@ -297,8 +300,9 @@ def test_the_table_fits_and_names_what_is_missing(record: dict[str, Any]) -> Non
     console = Console(width=80, record=True, file=io.StringIO())
     slow = copy.deepcopy(record)
     run = slow["runs"][0]
+    run["rows"][1] |= {"of_bsr": None, "failed_beside": ["of_bsr"]}
     for row in run["rows"]:
-        row |= {"seconds": 12.345e-3, "of_dense": 123.4, "of_bsr": 1.23, "of_floor": 0.012, "flops_per_s": 123.4e9}
+        row |= {"seconds": 12.345e-3, "of_dense": 123.4, "of_floor": 0.012, "flops_per_s": 123.4e9}
         row |= {"target": 12.34e-3, "met": False}
     run["rows"][0]["row"] = "update of 8 bf16 first b=16 random 100% N=4"
     benches.show("blocksparse", slow, Path("there"), console)
@@ -373,6 +377,13 @@ def test_the_cpu_captures_nothing() -> None:
         raise AssertionError("not called")
 
     assert timing.captured(call, CPU) is call
+
+
+def test_what_has_no_kernel_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    blocksparse._require_quick(lambda i: None, CPU)
+    with pytest.raises(TimeoutError, match=r"a call takes 0\.\d+ s: left out"):
+        blocksparse._require_quick(lambda i: time.sleep(blocksparse.SLOW * 1.2), CPU)
 
 
 # On a GPU.

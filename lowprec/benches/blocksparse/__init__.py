@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -29,6 +30,9 @@ STEP = 128
 ROUNDS, QUICK_ROUNDS = 7, 5
 BUDGET = {"cpu": 1.0, "cuda": 0.2}
 """Seconds of calls after which a slow row on such a device takes no further part."""
+
+SLOW = 0.1
+"""Seconds of a call on a GPU above which a row fails: a kernel is missing, and the eager twin would take minutes."""
 
 ABSENT = (NotImplementedError, ImportError)
 """What a row raises for something that this build or device does not have; it is said, and is no failure."""
@@ -61,13 +65,14 @@ def _runs(settings: Settings, device: torch.device, wanted: list[Case]) -> list[
     for what, rows in _groups(case for case in wanted if device.type in case.devices):
         start = partial(_start, side=_side(settings, device), pool=pool, graphs=_shared_memory(device))
         calls, failed, missing = _prepare(rows, checks, start)
-        try:
-            _time(settings, device, what, [case for case in rows if case.name in calls], calls, runs)
-        except RuntimeError as error:  # of the device: what was timed before is kept
-            failed |= dict.fromkeys(calls, running.line_of(error))
         for run in runs.values():
             run["failed"] |= failed
             run["missing"] |= missing
+        try:
+            _time(settings, device, what, [case for case in rows if case.name in calls], calls, runs)
+        except RuntimeError as error:  # of the device: what was timed before is kept
+            for run in runs.values():
+                run["failed"] |= dict.fromkeys(calls, running.line_of(error))
     return [running.machine(device, count) | run for count, run in runs.items()]
 
 
@@ -125,6 +130,18 @@ def _start(case: Case, side: int, pool: Pool, graphs: Any = None) -> Call:
     """A row's call, on a GPU in a graph; as it is where it cannot be captured."""
     call = case.make(Operands(case.work, case.work.layout(side), pool))
     call(0)
+    if pool.device.type == "cuda":
+        _require_quick(call, pool.device)
     with suppress(RuntimeError):
         call = captured(call, pool.device, graphs)
     return call
+
+
+def _require_quick(call: Call, device: torch.device) -> None:
+    """TimeoutError for a call that takes too long when it is not the first."""
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    call(1)
+    torch.cuda.synchronize(device)
+    if (seconds := time.perf_counter() - begin) > SLOW:
+        raise TimeoutError(f"a call takes {seconds:.2g} s: left out")

@@ -39,8 +39,9 @@ def _row(case: Case, time: Seconds, medians: dict[str, float], graph: bool, run:
     row |= {"seconds": time.median, "low": time.low, "high": time.high, "rounds": time.rounds, "graph": graph}
     flops, size = work.flops(layout), work.bytes(layout)
     row |= {"flops": flops, "bytes": size, "flops_per_s": flops / time.median}
-    for name, other in (("of_dense", dense_name(work)), ("of_bsr", bsr_name(work))):
-        row[name] = medians[other] / time.median if other in medians else None
+    beside = {"of_dense": dense_name(work), "of_bsr": bsr_name(work)}
+    row |= {name: medians[other] / time.median if other in medians else None for name, other in beside.items()}
+    row["failed_beside"] = [name for name, other in beside.items() if other in run["failed"]]
     limit = floor(run["limits"], work.kind, size, flops)
     row |= {"floor": limit, "of_floor": limit and limit / time.median}
     goal = target(work, medians, run["device"]) if case.by == "lowprec" else None
@@ -63,7 +64,7 @@ def _readme(record: Row) -> str:
     for run in record["runs"]:
         lines += [f"## {heading(run)}", "", *(f"- {line}" for line in limits_of(run)), ""]
         for title, group in _groups(run):
-            lines += [f"### {title}", "", *markdown(_heads(run), (cells(row, run) for row in group), left=1), ""]
+            lines += [f"### {title}", "", *markdown(_heads(run), (words for words, _ in group), left=1), ""]
         lines += [*(f"- {line}" for line in _remarks(run)), *pages.machine(run), ""]
     return "\n".join([*lines, "## How", "", *pages.origin(record), *_LEGEND, ""])
 
@@ -97,12 +98,25 @@ def shown(run: Row) -> list[Row]:
     return every if len(every) <= MANY else [row for row in every if row["essential"]]
 
 
-def _groups(run: Row) -> Iterator[tuple[str, list[Row]]]:
+Lines = list[tuple[tuple[str, ...], bool]]
+"""Of a table: the cells, and whether the row is ours."""
+
+
+def _groups(run: Row) -> Iterator[tuple[str, Lines]]:
+    """A title and its lines: what was timed, then what failed."""
+
     def key(row: Row) -> tuple[str, int, int]:
         return row["density"], row["width"], row["tokens"]
 
     for (density, width, tokens), group in groupby(shown(run), key):
-        yield f"{density} of {width} x {width}, N = {tokens}", list(group)
+        lines = [(cells(row, run), row["by"] == "lowprec") for row in group]
+        where = f" {density} N={tokens}"
+        lines += [
+            ((name.removesuffix(where), "failed", *[""] * (len(_heads(run)) - 2)), True)
+            for name in run["failed"]
+            if name.endswith(where)
+        ]
+        yield f"{density} of {width} x {width}, N = {tokens}", lines
 
 
 def _remarks(run: Row) -> Iterator[str]:
@@ -131,14 +145,16 @@ def cells(row: Row, run: Row) -> tuple[str, ...]:
     return (
         str(row["row"]).removesuffix(f" {row['density']} N={row['tokens']}"),
         _digits(row["seconds"] / second),
-        *("" if row[name] is None else _ratio(row[name]) for name in ("of_dense", "of_bsr", "of_floor")),
+        *(_ratio(row, name) for name in ("of_dense", "of_bsr", "of_floor")),
         _digits(row["flops_per_s"] / speed),
         "" if row["target"] is None else f"{_digits(row['target'] / second)} {'met' if row['met'] else 'missed'}",
     )
 
 
-def _ratio(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+def _ratio(row: Row, name: str) -> str:
+    if row[name] is None:
+        return "failed" if name in row["failed_beside"] else ""
+    return f"{row[name]:.2f}" if row[name] < 10 else f"{row[name]:.0f}"
 
 
 def _digits(value: float) -> str:
@@ -153,7 +169,7 @@ def show(record: Row, out: Path, console: Console) -> None:
         for line in limits_of(run):
             console.print(line)
         for title, group in _groups(run):
-            console.print(pages.table(title, _heads(run), ((cells(row, run), row["by"] == "lowprec") for row in group)))
+            console.print(pages.table(title, _heads(run), group))
         for line in _remarks(run):
             console.print(line)
     pages.close(record, str(out / "blocksparse.png"), out, console)
