@@ -9,6 +9,7 @@
 #include "lowprec/launch.h"
 #include "lowprec/sparse_launch.h"
 #include "lowprec/sparse_plain.h"
+#include "lowprec/sparse_transpose.h"
 #include "lowprec/torch_stable.h"
 
 namespace lowprec {
@@ -34,7 +35,12 @@ struct Request {
   int64_t blocks() const { return w.size(0); }
   const int* offsets() const { return static_cast<const int*>(table.const_data_ptr()); }
   const int* pairs() const { return offsets() + outputs + 1; }
-  const int* order() const { return pairs() + 2 * blocks(); }
+  /// Columns as a whole.
+  SparseParts columns() const { return {pairs() + 2 * blocks(), static_cast<int>(outputs)}; }
+  /// And in parts.
+  SparseParts parts() const {
+    return {columns().of + 4 * outputs, static_cast<int>(sparse_parts(outputs, blocks(), block()))};
+  }
 };
 
 /// What is done with the sums.
@@ -58,7 +64,8 @@ void check_request(const Request& call) {
   STD_TORCH_CHECK(b == 8 || b == 16 || b == 32 || b == 64, "blocks have 8, 16, 32 or 64 features a side, got ", b);
   STD_TORCH_CHECK(call.x.size(call.first ? 0 : 1) % b == 0, "x must have whole blocks of features");
   STD_TORCH_CHECK(call.table.scalar_type() == ScalarType::Int && call.table.is_contiguous() &&
-                      call.table.numel() >= 2 * call.outputs + 1 + 2 * call.blocks(),
+                      call.table.numel() ==
+                          1 + 2 * call.blocks() + 5 * call.outputs + 4 * sparse_parts(call.outputs, call.blocks(), b),
                   "the table is not one of these weights");
   check_same_place(call.x, call.w);
   check_same_place(call.x, call.table);
@@ -104,14 +111,40 @@ ScalarType operand_dtype(const Request& call, const std::optional<Format>& x, co
   STD_TORCH_CHECK(false, "float32 cannot hold the values of the codes");
 }
 
-/// The same with rows that begin at multiples of 16 bytes.
-Tensor rows_of(const Tensor& x) {
+/// Whether rows begin at multiples of 16 bytes and, if `whole`, end there.
+bool has_rows(const Tensor& x, bool whole) {
   const int64_t unit = 16 / bytes_of(x.scalar_type());
-  if (x.stride(1) == 1 && x.stride(0) % unit == 0 && x.stride(0) >= x.size(1) && starts_at_16(x)) return x;
-  Tensor room = empty(x, {x.size(0), (x.size(1) + unit - 1) / unit * unit}, x.scalar_type());
+  return x.stride(1) == 1 && x.stride(0) % unit == 0 && x.stride(0) >= x.size(1) && starts_at_16(x) &&
+         !(whole && x.size(1) % unit);
+}
+
+/// Room for rows of so many elements, up to multiples of 16 bytes, with zeros where it is `whole`.
+Tensor room_of(const Tensor& x, int64_t rows, int64_t columns, bool whole) {
+  const int64_t unit = 16 / bytes_of(x.scalar_type());
+  Tensor room = empty(x, {rows, (columns + unit - 1) / unit * unit}, x.scalar_type());
+  const auto bytes = static_cast<size_t>(room.numel() * bytes_of(x.scalar_type()));
+  if (whole && columns % unit) check_cuda(cudaMemsetAsync(room.mutable_data_ptr(), 0, bytes, current_stream(x)));
+  return room;
+}
+
+/// The same in such rows.
+Tensor rows_of(const Tensor& x, bool whole) {
+  if (has_rows(x, whole)) return x;
+  Tensor room = room_of(x, x.size(0), x.size(1), whole);
   Tensor rows = torch::stable::narrow(room, 1, 0, x.size(1));
   copy(rows, x);
-  return rows;
+  return room;
+}
+
+/// Tokens by features as features by tokens, in whole rows.
+Tensor turned(const Tensor& x) {
+  const Tensor other = torch::stable::transpose(x, 0, 1);
+  if (x.stride(1) != 1) return rows_of(other, true);
+  const Tensor room = room_of(x, x.size(1), x.size(0), false);
+  const auto launch = bytes_of(x.scalar_type()) == 1 ? launch_transpose<uint8_t> : launch_transpose<uint16_t>;
+  check_cuda(launch(x.const_data_ptr(), x.stride(0), room.mutable_data_ptr(), room.stride(0), x.size(0), x.size(1),
+                    current_stream(x)));
+  return room;
 }
 
 Tensor blocks_of(const Tensor& w) {
@@ -132,28 +165,41 @@ Output output_of(const Tensor& x, const Result& result, const Tensor& out) {
           narrow || result.format.has_value(), cast};
 }
 
-/// Sums by tensor cores from operands that lie as the kernel takes them.
+int attribute(const Tensor& x, cudaDeviceAttr which) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
+  return value;
+}
+
+/// Sums by tensor cores.
 void multiply(const Request& call, const PairDecode& x_codes, const PairDecode& w_codes, bool half,
               const Result& result, const Tensor& out) {
-  const bool aligned = !call.first || call.tokens() % 8 == 0;
-  SparseCall kernel{call.x.const_data_ptr(),
-                    call.x.stride(0),
-                    call.w.const_data_ptr(),
-                    call.gate ? static_cast<const float*>(call.gate->const_data_ptr()) : nullptr,
-                    call.offsets(),
-                    call.pairs(),
-                    call.order(),
-                    static_cast<int>(call.outputs),
-                    static_cast<int>(call.block()),
-                    half,
-                    x_codes,
-                    w_codes,
-                    {},
-                    {output_of(call.x, result, out), call.tokens(), call.features(), aligned && !result.format}};
-  int multiprocessors = 0;
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, call.x.get_device_index()));
-  kernel.shape = sparse_shape(kernel, call.blocks(), multiprocessors);
-  check_cuda(launch_sparse(kernel, call.first, call.transpose, current_stream(call.x)));
+  const bool turns = !call.first && sparse_turns(call.block(), x_codes.way != Decoding::none);
+  const Tensor x = turns ? turned(call.x) : rows_of(call.x, call.first), w = blocks_of(call.w);
+  const int64_t tokens = call.tokens(), tiles = (tokens + kSparseTokens - 1) / kSparseTokens;
+  const int major = attribute(x, cudaDevAttrComputeCapabilityMajor);
+  STD_TORCH_CHECK(major >= 8, "block-sparse products need a device of compute capability 8.0, this one has ", major);
+  SparseCall kernel{
+      x.const_data_ptr(),
+      x.stride(0),
+      w.const_data_ptr(),
+      call.gate ? static_cast<const float*>(call.gate->const_data_ptr()) : nullptr,
+      call.pairs(),
+      call.columns(),
+      nullptr,
+      call.first || turns,
+      half,
+      x_codes,
+      w_codes,
+      {output_of(x, result, out), tokens, call.features(), call.first, !result.format && !(call.first && tokens % 4)}};
+  Tensor partial;
+  if (sparse_splits(tokens, call.block())) {
+    kernel.parts = call.parts();
+    partial = empty(x, {tiles * kernel.parts.count, kSparseTokens * call.block()}, ScalarType::Float);
+    kernel.partial = static_cast<float*>(partial.mutable_data_ptr());
+  }
+  const int block = static_cast<int>(call.block());
+  check_cuda(launch_sparse(kernel, block, call.transpose, major >= 9, current_stream(x)));
 }
 
 /// By tensor cores: in `dtype`, bfloat16 or float16.
@@ -171,8 +217,6 @@ void multiply_narrow(Request call, const std::optional<Format>& x, const std::op
     return decode;
   };
   const PairDecode x_codes = prepare(call.x, x), w_codes = prepare(call.w, w);
-  call.x = rows_of(call.x);
-  call.w = blocks_of(call.w);
   multiply(call, x_codes, w_codes, half, result, out);
 }
 

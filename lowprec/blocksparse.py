@@ -51,8 +51,8 @@ def tables_of(mask: Tensor, blocks: int, block: int) -> Tables:
     i, j = present // outputs, present % outputs
     names = torch.arange(blocks, device=mask.device)
     by_column = (j * inputs + i).sort().indices
-    fprop = _direction(mask.sum(0), i[by_column], by_column)
-    bprop = _direction(mask.sum(1), j, names)
+    fprop = _direction(mask.sum(0), i[by_column], by_column, block)
+    bprop = _direction(mask.sum(1), j, names, block)
     order = _morton(i, j).sort(stable=True).indices
     sections = [torch.stack([i, j], 1).flatten(), order]
     if mask.is_cuda and blocks:
@@ -61,27 +61,12 @@ def tables_of(mask: Tensor, blocks: int, block: int) -> Tables:
     return Tables(fprop, bprop, update, (inputs, outputs))
 
 
-def _direction(lengths: Tensor, inputs: Tensor, weights: Tensor) -> Tensor:
+def _direction(lengths: Tensor, inputs: Tensor, weights: Tensor, block: int) -> Tensor:
     """The table of one direction from the blocks of each output, and its pairs."""
     start = lengths.new_zeros(1)
     pairs = torch.stack([inputs, weights], 1).flatten()
-    return torch.cat([start, lengths.cumsum(0), pairs, column_order(lengths, len(inputs))]).to(torch.int32)
-
-
-# The plan of products on CUDA.
-
-
-def column_order(lengths: Tensor, blocks: int) -> Tensor:
-    """The order in which a kernel takes up outputs: first those of more than twice the mean's blocks, longest first.
-
-    The others stay as they are: neighbours share inputs in many patterns.
-
-    Args:
-        lengths: how many blocks each output has.
-        blocks: how many there are.
-    """
-    usual = 2 * blocks // len(lengths)
-    return lengths.clamp_min(usual).sort(descending=True, stable=True).indices
+    plan = product_plan(lengths, len(weights), block)
+    return torch.cat([start, lengths.cumsum(0), pairs, *(each.flatten() for each in plan)]).to(torch.int32)
 
 
 def _morton(i: Tensor, j: Tensor) -> Tensor:
@@ -94,6 +79,43 @@ def _spread(n: Tensor) -> Tensor:
     for shift, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
         n = (n | (n << shift)) & mask
     return n
+
+
+# The plan of products on CUDA.
+
+
+def part_blocks(outputs: int, blocks: int, block: int) -> int:
+    """The blocks beyond which an output comes in parts. The kernel's launch knows the same number."""
+    return max(-(-2 * blocks // max(outputs, 400)), 256 // block)
+
+
+def product_plan(lengths: Tensor, blocks: int, block: int) -> tuple[Tensor, Tensor]:
+    """What thread blocks of a product take up, a row for each: output, its first pair, how many, and the output's parts.
+
+    Outputs as a whole, those of more than twice the mean's blocks first, the longest of them foremost; the others stay
+    as they are, since neighbours share inputs in many patterns. And outputs in parts of whole stages of 64 features,
+    none longer than `part_blocks`, up to those; rows that are not needed have output -1.
+
+    Args:
+        lengths: how many blocks each output has, int64.
+        blocks: how many there are.
+        block: features of a block along each side.
+    """
+    outputs, begins = len(lengths), lengths.cumsum(0) - lengths
+    order = lengths.clamp_min(2 * blocks // outputs).sort(descending=True, stable=True).indices
+    whole = torch.stack([order, begins[order], lengths[order], torch.ones_like(order)], 1)
+    most = part_blocks(outputs, blocks, block)
+    counts = ((lengths + most - 1) // most).clamp_min(1)
+    ends = counts.cumsum(0)
+    row = torch.arange(outputs + blocks // most, device=lengths.device)
+    output = torch.searchsorted(ends, row, right=True)
+    there, output = output < outputs, output.clamp_max(outputs - 1)
+    length, count = lengths[output], counts[output]
+    stage = 64 // block
+    share = ((length + stage - 1) // stage + count - 1) // count * stage
+    start = torch.minimum((row - ends[output] + count) * share, length)
+    parts = [torch.where(there, output, -1), begins[output] + start, torch.minimum(share, length - start), count]
+    return whole, torch.stack(parts, 1)
 
 
 # The plan of the update on CUDA.

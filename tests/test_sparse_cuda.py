@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lowprec as lp
 from lowprec import _ops
-from lowprec.blocksparse import Tables, column_order, tables_of
+from lowprec.blocksparse import Tables, part_blocks, product_plan, tables_of
 from lowprec.formats import FloatFormat
 
 BLOCKS = (8, 16, 32, 64)
@@ -240,7 +240,20 @@ def test_in_a_graph(block: int) -> None:
     assert torch.equal(y, multiply(layer, x, False, False, None, torch.bfloat16))
 
 
-def test_column_order() -> None:
-    lengths = torch.tensor([3, 0, 9, 2, 7, 4, 0, 1])
-    assert column_order(lengths, 26).tolist() == [2, 4, 0, 1, 3, 5, 6, 7]
-    assert column_order(torch.zeros(4, dtype=torch.int64), 0).tolist() == [0, 1, 2, 3]
+def test_plan() -> None:
+    lengths = torch.tensor([3, 0, 90, 2, 70, 4, 0, 1])
+    whole, parts = product_plan(lengths, 170, 64)
+    assert whole[:, 0].tolist() == [2, 4, 0, 1, 3, 5, 6, 7]
+    most = part_blocks(8, 170, 64)
+    assert parts.shape == (8 + 170 // most, 4)
+    used = parts[parts[:, 0] >= 0]
+    for output, length in enumerate(lengths.tolist()):
+        rows = used[used[:, 0] == output]
+        assert rows[:, 3].eq(max(1, -(-length // most))).all()
+        assert len(rows) == rows[0, 3]
+        assert rows[:, 2].sum() == length
+        assert rows[:, 2].max() <= most
+        assert torch.equal(rows[1:, 1], rows[:-1, 1] + rows[:-1, 2])
+        assert length == 0 or rows[0, 1] == lengths[:output].sum()
+    whole, parts = product_plan(torch.zeros(4, dtype=torch.int64), 0, 8)
+    assert whole.tolist() == parts.tolist() == [[i, 0, 0, 1] for i in range(4)]

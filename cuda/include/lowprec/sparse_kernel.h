@@ -1,15 +1,10 @@
 // Block-sparse products on tensor cores: y = x · W, or dx = dy · Wᵀ. Device code, without torch.
 // docs/kernels/sparse.md has the reasons.
 //
-// A warp multiplies 64 tokens of x by the blocks of one output column (or half a column of 64) and keeps the sums in
-// registers. Operands go from memory into the registers that mma.sync takes them from: which token, feature or output
-// stands in which row or column of an instruction is free, as long as both operands and the result agree, and is chosen
-// such that a lane reads and writes runs of neighbours. What warps of a block have in common they find in the L1 cache.
-//
-// With g = lane / 4 and t = lane % 4:
-//   features: a stage takes 16 of one block, a lane those from 4t on; or 8 of two blocks, a lane those from 2t on.
-//   outputs: a lane has those from (outputs of the warp / 4) · t on.
-//   tokens: features first, a lane has those from 8g on; last, those of 8m + g.
+// A thread block multiplies 64 tokens by the blocks of one output column, or of a part of its list. It walks the list
+// in stages of 64 features, 64 / b blocks, which asynchronous copies gather into a ring in shared memory. A warp takes
+// 16 tokens and all b outputs. Codes of x are decoded in the registers that instructions take them from; those of w by
+// the thread that copied them, to a place of their own.
 #pragma once
 
 #include <cstdint>
@@ -20,403 +15,475 @@
 
 namespace lowprec {
 
-constexpr int kSparseTokens = 64;  // of a warp
-constexpr int kSparseWarps = 8;    // of a block, at most
+constexpr int kSparseThreads = 128;
+constexpr int kSparseStages = 3;     // of the ring
+constexpr int kSparseFeatures = 64;  // of a stage
+constexpr int kSparseLinks = 128;    // pairs of the list that are kept in shared memory
 
-/// What the warps of a thread block share out: parts of a column's list, halves of a column, tokens, and columns.
-struct SparseShape {
-  int splits;
-  int halves;
-  int token_warps;
-  int columns;
-  int column_groups;  // thread blocks to cover all columns
-
-  LOWPREC_INLINE int warps() const { return splits * halves * token_warps * columns; }
+/// Columns of a layout, or parts of them, in the order in which thread blocks take them up: of each the column, -1 for
+/// none, where its pairs begin, how many they are, and of how many parts of the column it is one.
+struct SparseParts {
+  const int* of;
+  int count;
 };
 
 struct SparseCall {
   const void* x;
-  int64_t x_stride;  // between features where they come first, else between tokens
+  int64_t x_stride;  // between features where they come first, else between tokens; in multiples of 16 bytes
   const void* w;     // [blocks, block, block]
   const float* gate;
-  const int* offsets;
   const int* pairs;
-  const int* order;
-  int outputs;  // columns of blocks
-  int block;
-  bool half;  // float16, and not bfloat16
+  SparseParts parts;
+  float* partial;  // sums of the parts of columns that have more than one
+  bool first;      // features of x, as they must where x has codes
+  bool half;       // float16, and not bfloat16
   PairDecode x_codes;
   PairDecode w_codes;
-  SparseShape shape;
   SparseOutput out;
 };
 
-/// A warp's share.
-struct SparsePlace {
-  int split;
-  int half;
-  int64_t token;
-  int column;  // -1: none
-
-  LOWPREC_DEVICE explicit SparsePlace(const SparseCall& call) {
-    const SparseShape& shape = call.shape;
-    int warp = threadIdx.x / 32;
-    split = warp % shape.splits;
-    warp /= shape.splits;
-    half = warp % shape.halves;
-    warp /= shape.halves;
-    const int token_tile = blockIdx.x / shape.column_groups * shape.token_warps + warp % shape.token_warps;
-    token = static_cast<int64_t>(token_tile) * kSparseTokens;
-    const int rank = blockIdx.x % shape.column_groups * shape.columns + warp / shape.token_warps;
-    column = rank < call.outputs && token < call.out.tokens ? __ldg(call.order + rank) : -1;
-  }
+/// The part of a list that is at hand, four times 32 pairs: where the inputs and weights of blocks begin, in bytes,
+/// negative for none, and gates.
+struct SparseLinks {
+  int64_t x[kSparseLinks];
+  int64_t w[kSparseLinks];
+  float gate[kSparseLinks];
 };
 
-/// A block to multiply by: none where `id` is negative.
+/// One pair of it.
 struct SparseLink {
-  int input = 0;
-  int id = -1;
-  float gate = 1;
+  int input;
+  int id;
+  float gate;
 };
 
-template <int kBytes>
-LOWPREC_DEVICE void load_run(uint32_t* to, const void* from, bool there) {
-  if constexpr (kBytes == 16) {
-    const uint4 run = there ? __ldg(static_cast<const uint4*>(from)) : uint4{};
-    to[0] = run.x, to[1] = run.y, to[2] = run.z, to[3] = run.w;
-  } else if constexpr (kBytes == 8) {
-    const uint2 run = there ? __ldg(static_cast<const uint2*>(from)) : uint2{};
-    to[0] = run.x, to[1] = run.y;
-  } else if constexpr (kBytes == 4) {
-    to[0] = there ? __ldg(static_cast<const uint32_t*>(from)) : 0;
+/// Bytes of a thread block's shared memory: the ring's stages of x and then w, two places for decoded w, the links.
+struct SparseRoom {
+  int x;
+  int w;
+  int decoded;
+
+  LOWPREC_INLINE SparseRoom(bool x_codes, bool w_codes, int block)
+      : x(kSparseFeatures * kSparseTokens * (x_codes ? 1 : 2)),
+        w(kSparseFeatures * block * (w_codes ? 1 : 2)),
+        decoded(w_codes ? 2 * kSparseFeatures * block : 0) {}
+
+  LOWPREC_INLINE int stage() const { return x + w; }
+  LOWPREC_INLINE int ring() const { return kSparseStages * stage(); }
+  LOWPREC_INLINE int links() const { return ring() + 2 * decoded; }
+  LOWPREC_INLINE int total() const { return links() + static_cast<int>(sizeof(SparseLinks)); }
+};
+
+LOWPREC_DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+
+/// Copy 16 bytes, or zeros.
+LOWPREC_DEVICE void copy_chunk(uint32_t to, const void* from, bool zeros) {
+  asm volatile(
+      "{\n .reg .pred zeros;\n setp.ne.u32 zeros, %2, 0;\n"
+      " cp.async.cg.shared.global [%0], [%1], 16, zeros;\n}" ::"r"(to),
+      "l"(from), "r"(static_cast<uint32_t>(zeros))
+      : "memory");
+}
+
+LOWPREC_DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kLeft>
+LOWPREC_DEVICE void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+/// Four 8 × 8 matrices, transposed or as they lie.
+template <bool kTranspose>
+LOWPREC_DEVICE void load_matrices(uint32_t (&to)[4], uint32_t from) {
+  if constexpr (kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from));
   } else {
-    to[0] = there ? __ldg(static_cast<const uint16_t*>(from)) : 0;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from));
   }
-}
-
-/// So many elements, of 16 bits or, where `codes`, of 8.
-template <int kCount, bool kCodes>
-LOWPREC_DEVICE void load_elements(uint32_t* to, const void* from, int64_t at, bool codes, bool there) {
-  if (kCodes && codes) return load_run<kCount>(to, static_cast<const uint8_t*>(from) + at, there);
-  load_run<2 * kCount>(to, static_cast<const uint16_t*>(from) + at, there);
-}
-
-/// An 8 × 8 matrix, of which a lane has two neighbours of a row, transposed.
-LOWPREC_DEVICE uint32_t transpose_fragment(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
 }
 
 template <bool kHalf>
-LOWPREC_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+LOWPREC_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t low, uint32_t high) {
   if constexpr (kHalf) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
         " {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(low), "r"(high));
   } else {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
         " {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(low), "r"(high));
   }
 }
 
-/// Stages that a warp has in flight.
-template <int kOutputs>
-constexpr int kSparseDepth = kOutputs == 32 ? 2 : 3;
-/// Thread blocks that a multiprocessor is to hold at least.
-template <int kOutputs>
-constexpr int kSparseBlocks = kOutputs == 32 ? 1 : 2;
+/// Where a chunk of 16 bytes lies in rows of so many chunks, such that eight rows' chunks at one place lie in different
+/// banks.
+template <int kChunks>
+LOWPREC_DEVICE int swizzled(int row, int chunk) {
+  return 16 * (row * kChunks + (chunk ^ row / (8 / kChunks) % kChunks));
+}
 
-/// What a warp does.
-template <bool kFirst, int kOutputs, bool kTranspose, bool kCodes>
-struct SparseWarp {
-  static constexpr int kTiles = kOutputs / 8;            // instructions beside each other
-  static constexpr int kRun = kOutputs / 4;              // neighbouring outputs of a lane
-  static constexpr int kBlocks = kOutputs == 8 ? 2 : 1;  // of a stage
-  static constexpr int kFeatures = 4 / kBlocks;          // neighbouring features of a lane, of each block
-  static constexpr int kDepth = kSparseDepth<kOutputs>;
-
-  /// 16 terms of every output, as they lie in memory.
-  struct Stage {
-    uint32_t x[16];
-    uint32_t w[2 * kTiles];
-    float gate[kBlocks];
-  };
+/// What a thread block does.
+template <int kBlock, bool kTranspose, bool kCodes>
+struct SparseProduct {
+  static constexpr int kSlots = kSparseFeatures / kBlock;       // blocks of a stage
+  static constexpr int kTiles = kBlock / 8;                     // instructions beside each other
+  static constexpr int kCopies = 4;                             // of each operand, for a thread and stage, at most
+  static constexpr int kSlotsOfX = kBlock == 64 ? 1 : kCopies;  // that a thread's copies of x are of, at most
+  static constexpr int kSlotsOfW = kBlock == 32 ? 2 : 1;
+  static constexpr int kTurns = kBlock >= 32 ? kTiles / 2 : 1;  // ways in which a warp's second operands are swizzled
 
   const SparseCall& call;
-  const SparsePlace& place;
-  int lane_g;
-  int lane_t;
-  int begin;   // of the column's pairs
-  int count;   // of them
-  int chunks;  // stages of a block
-  float sums[4][kTiles][4];
+  const bool x_codes;
+  const bool w_codes;
+  const SparseRoom room;
+  char* const shared;
+  SparseLinks& links;
+  const int64_t token;  // the tile's first one
+  const int part;
+  const int column;
+  const int begin;  // of the pairs
+  const int count;  // of them
+  const int parts;  // of the column
+  // A thread's copies: from where in a block, to where in a stage, and by which slot's block.
+  const char* x_from[kCopies];
+  int x_slot[kSlotsOfX];
+  int x_to;
+  const char* w_from;
+  int w_slot[kSlotsOfW];
+  int w_to;
+  int w_copies;
+  // Where a warp's operands lie in a stage.
+  int x_at[4];
+  int w_at[kTurns];
+  SparseLink ahead;
+  float sums[kTiles][4];
 
-  LOWPREC_DEVICE SparseWarp(const SparseCall& call, const SparsePlace& place)
-      : call(call), place(place), lane_g(threadIdx.x % 32 / 4), lane_t(threadIdx.x % 4) {
-#pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) sums[i / kTiles][i % kTiles][c] = 0;
-    }
+  LOWPREC_DEVICE SparseProduct(const SparseCall& call, char* shared)
+      : call(call),
+        x_codes(kCodes && call.x_codes.way != Decoding::none),
+        w_codes(kCodes && call.w_codes.way != Decoding::none),
+        room(x_codes, w_codes, kBlock),
+        shared(shared),
+        links(*reinterpret_cast<SparseLinks*>(shared + room.links())),
+        token(static_cast<int64_t>(blockIdx.x / call.parts.count) * kSparseTokens),
+        part(blockIdx.x % call.parts.count),
+        column(__ldg(call.parts.of + 4 * part)),
+        begin(__ldg(call.parts.of + 4 * part + 1)),
+        count(__ldg(call.parts.of + 4 * part + 2)),
+        parts(__ldg(call.parts.of + 4 * part + 3)) {}
+
+  // The list.
+
+  /// A pair of the list, as none where its gate is closed.
+  LOWPREC_DEVICE SparseLink link_at(int n) const {
+    SparseLink link{-1, -1, 0};
+    if (n >= count) return link;
+    const int* at = call.pairs + 2 * (static_cast<int64_t>(begin) + n);
+    link.input = __ldg(at);
+    link.id = __ldg(at + 1);
+    if (!call.gate) return link;
+    link.gate = __ldg(call.gate + link.id);
+    return link.gate == 0 ? SparseLink{-1, -1, 0} : link;
   }
 
-  LOWPREC_DEVICE int64_t row_in_tile(int run, int l) const { return run * (lane_g / 2) + 2 * l + lane_g % 2; }
-
-  /// The blocks of a step.
-  LOWPREC_DEVICE void find(int step, SparseLink (&links)[kBlocks]) const {
-#pragma unroll
-    for (int q = 0; q < kBlocks; ++q) {
-      const int n = kBlocks == 2 ? 2 * step + q : step / chunks;
-      links[q] = {};
-      if (n >= count) continue;
-      const int* pair = call.pairs + 2 * static_cast<int64_t>(begin + n);
-      links[q].input = __ldg(pair);
-      links[q].id = __ldg(pair + 1);
-      if (call.gate) {
-        links[q].gate = __ldg(call.gate + links[q].id);
-        if (links[q].gate == 0) links[q].id = -1;
-      }
-    }
+  LOWPREC_DEVICE void keep(int n, const SparseLink& link) {
+    const int64_t far = (call.first ? call.x_stride : 1) * kBlock * (x_codes ? 1 : 2);
+    links.x[n % kSparseLinks] = link.input * far;
+    links.w[n % kSparseLinks] = static_cast<int64_t>(link.id) * kBlock * kBlock * (w_codes ? 1 : 2);
+    links.gate[n % kSparseLinks] = link.gate;
   }
 
-  LOWPREC_DEVICE void load(Stage& stage, const SparseLink (&links)[kBlocks], int step) const {
-    const int chunk = kBlocks == 2 ? 0 : 16 * (step % chunks);
-#pragma unroll
-    for (int q = 0; q < kBlocks; ++q) {
-      const bool there = links[q].id >= 0;
-      stage.gate[q] = links[q].gate;
-      load_x(stage, q, static_cast<int64_t>(links[q].input) * call.block + chunk + kFeatures * lane_t, there);
-      load_w(stage, q, static_cast<int64_t>(links[q].id) * call.block * call.block, chunk, there);
-    }
-  }
-
-  LOWPREC_DEVICE void load_x(Stage& stage, int q, int64_t feature, bool there) const {
-    const bool codes = call.x_codes.way != Decoding::none;
-    if constexpr (kFirst) {
-      const int64_t token = place.token + 8 * lane_g;
-#pragma unroll
-      for (int f = 0; f < kFeatures; ++f) {
-        load_elements<8, kCodes>(stage.x + 8 * q + 4 * f, call.x, (feature + f) * call.x_stride + token, codes,
-                                 there && token < call.out.tokens);
-      }
-    } else {
-#pragma unroll
-      for (int m = 0; m < 8; ++m) {
-        const int64_t token = place.token + 8 * m + lane_g;
-        load_elements<kFeatures, kCodes>(stage.x + 2 * m + q, call.x, token * call.x_stride + feature, codes,
-                                         there && token < call.out.tokens);
-      }
-    }
-  }
-
-  LOWPREC_DEVICE void load_w(Stage& stage, int q, int64_t origin, int chunk, bool there) const {
-    const bool codes = call.w_codes.way != Decoding::none;
-    const int outputs = place.half * kOutputs;
-    if constexpr (kBlocks == 2) {
-      load_elements<2, kCodes>(stage.w + q, call.w, origin + 8 * lane_g + 2 * lane_t, codes, there);
-    } else if constexpr (kTranspose) {
-#pragma unroll
-      for (int l = 0; l < kTiles; ++l) {
-        const int64_t row = outputs + row_in_tile(kRun, l);
-        load_elements<4, kCodes>(stage.w + 2 * l, call.w, origin + row * call.block + chunk + 4 * lane_t, codes, there);
-      }
-    } else {
-#pragma unroll
-      for (int l = 0; l < 2; ++l) {
-        const int64_t row = chunk + row_in_tile(4, l);
-        load_elements<kRun, kCodes>(stage.w + kTiles * l, call.w, origin + row * call.block + outputs + kRun * lane_t,
-                                    codes, there);
-      }
-    }
-  }
-
-  /// Bytes of two words, codes, in the upper halves' bytes of one.
-  template <Decoding kWay>
-  LOWPREC_DEVICE uint32_t decode(const PairDecode& by, uint32_t low, uint32_t high, uint32_t places) const {
-    const uint8_t up = is_half(kWay) ? by.half.up : by.wide.up;
-    return decode_pair<kWay>(by, __byte_perm(low << up, high << up, places));
-  }
-
-  /// Features 2j and 2j + 1 of a lane's m-th token.
-  template <Decoding kWay>
-  LOWPREC_DEVICE uint32_t x_pair(const Stage& stage, int m, int j) const {
-    if constexpr (kFirst) {
-      const uint32_t *even = stage.x + 8 * j, *odd = even + 4;
-      if constexpr (kWay == Decoding::none) return __byte_perm(even[m / 2], odd[m / 2], m % 2 ? 0x7632 : 0x5410);
-      return decode<kWay>(call.x_codes, even[m / 4], odd[m / 4], m % 4 << 4 | (4 + m % 4) << 12);
-    } else {
-      if constexpr (kWay == Decoding::none) return stage.x[2 * m + j];
-      if constexpr (kBlocks == 2) return decode<kWay>(call.x_codes, stage.x[2 * m + j], 0, 0x1000);
-      return decode<kWay>(call.x_codes, stage.x[2 * m], 0, j ? 0x3020 : 0x1000);
-    }
-  }
-
-  /// A lane's part of an instruction's second operand, before a gate: features pair j, outputs of tile n.
-  template <Decoding kWay>
-  LOWPREC_DEVICE uint32_t w_pair(const Stage& stage, int n, int j) const {
-    // Rows and neighbours within a row.
-    const int row = kTranspose && kBlocks == 1 ? n : j, at = kTranspose && kBlocks == 1 ? j : n;
-    constexpr int words = kBlocks == 2 ? 1 : kTranspose ? 2 : kTiles;
-    if constexpr (kWay == Decoding::none) return stage.w[words * row + at];
-    return decode<kWay>(call.w_codes, stage.w[words * row + at / 2], 0, at % 2 ? 0x3020 : 0x1000);
-  }
-
-  /// By one rounding into the operands' dtype.
-  LOWPREC_DEVICE uint32_t gated(uint32_t pair, float gate) const {
-    if (call.half) return codes::multiply<true>(pair, narrow_pair(true, gate, gate));
-    return codes::multiply<false>(pair, narrow_pair(false, gate, gate));
-  }
-
-  template <Decoding kWay>
-  LOWPREC_DEVICE void second_operands(const Stage& stage, uint32_t (&b)[kTiles][2]) const {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) b[n][j] = w_pair<kWay>(stage, n, j);
-    }
-  }
-
-  template <Decoding kWay>
-  LOWPREC_DEVICE void first_operands(const Stage& stage, uint32_t (&a)[4][4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) a[i][r] = x_pair<kWay>(stage, 2 * i + r % 2, r / 2);
-    }
-  }
-
-  LOWPREC_DEVICE void multiply(const Stage& stage) {
-    uint32_t b[kTiles][2], a[4][4];
-    if constexpr (!kCodes) {
-      second_operands<Decoding::none>(stage, b);
-      first_operands<Decoding::none>(stage, a);
-    } else {
-      for_decoding(call.w_codes.way, [&]<Decoding kWay>() { second_operands<kWay>(stage, b); });
-      for_decoding(call.x_codes.way, [&]<Decoding kWay>() { first_operands<kWay>(stage, a); });
-    }
-    if (call.gate) {
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) b[i / 2][i % 2] = gated(b[i / 2][i % 2], stage.gate[i % 2 * (kBlocks - 1)]);
-    }
-    if constexpr (!kTranspose) {
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) b[i / 2][i % 2] = transpose_fragment(b[i / 2][i % 2]);
-    }
-    if (call.half) {
-      multiply_all<true>(a, b);
-    } else {
-      multiply_all<false>(a, b);
-    }
-  }
-
-  template <bool kHalf>
-  LOWPREC_DEVICE void multiply_all(const uint32_t (&a)[4][4], const uint32_t (&b)[kTiles][2]) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) multiply_add<kHalf>(sums[i][n], a[i], b[n]);
-    }
-  }
-
-  /// This warp's part of its column.
-  LOWPREC_DEVICE void run() {
-    chunks = call.block / 16;
-    begin = __ldg(call.offsets + place.column);
-    count = __ldg(call.offsets + place.column + 1) - begin;
-    const int steps = kBlocks == 2 ? (count + 1) / 2 : count * chunks;
-    const int share = (steps + call.shape.splits - 1) / call.shape.splits;
-    int step = share * place.split;
-    const int end = min(step + share, steps);
-    SparseLink links[kBlocks];
-    Stage stages[kDepth];
-    if (step < end) find(step, links);
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      if (step + d >= end) continue;
-      load(stages[d], links, step + d);
-      find(step + d + 1, links);
-    }
-    for (; step < end; step += kDepth) {
-#pragma unroll
-      for (int d = 0; d < kDepth; ++d) {
-        if (step + d >= end) break;
-        multiply(stages[d]);
-        if (step + d + kDepth >= end) continue;
-        load(stages[d], links, step + d + kDepth);
-        find(step + d + kDepth + 1, links);
-      }
-    }
-  }
-
-  /// Add up the parts of a column in their order. The sums are those of the first part's warp.
-  LOWPREC_DEVICE void join(float* shared) {
-    const int splits = call.shape.splits, lane = threadIdx.x % 32;
-    if (splits == 1) return;
-    float* parts = shared + static_cast<int>(threadIdx.x / 32 / splits) * (splits - 1) * kSparseTokens * kOutputs;
-    if (place.split > 0) {
-      float* part = parts + (place.split - 1) * kSparseTokens * kOutputs + lane;
-#pragma unroll
-      for (int i = 0; i < 16 * kTiles; ++i) part[32 * i] = sums[i / (4 * kTiles)][i / 4 % kTiles][i % 4];
+  /// The first warp has the first 64 pairs at hand, and 32 more on their way.
+  LOWPREC_DEVICE void begin_list() {
+    const int lane = threadIdx.x;
+    if (lane < 32) {
+      const SparseLink low = link_at(lane), high = link_at(32 + lane);
+      keep(lane, low);
+      keep(32 + lane, high);
+      ahead = link_at(64 + lane);
     }
     __syncthreads();
-    if (place.split > 0) return;
-#pragma unroll 1
-    for (int s = 1; s < splits; ++s, parts += kSparseTokens * kOutputs) {
+  }
+
+  /// With the first of 32 pairs taken, those after the next 32 are wanted.
+  LOWPREC_DEVICE void go_on(int stage) {
+    const int n = stage * kSlots;
+    if (threadIdx.x >= 32 || n % 32 || n == 0) return;
+    keep(n + 32 + threadIdx.x, ahead);
+    ahead = link_at(n + 64 + threadIdx.x);
+  }
+
+  // Copies.
+
+  /// Tokens beyond the last one are the last ones again: their sums go nowhere.
+  LOWPREC_DEVICE void plan_x() {
+    const int wide = x_codes ? 16 : 8, bytes = 16 / wide, chunks = kSparseTokens / wide;
+    const int chunk = threadIdx.x % chunks, first_row = threadIdx.x / chunks;
+    const int64_t tokens = call.out.tokens, last = call.first ? (tokens - 1) / wide * wide : tokens - 1;
+    x_to = x_codes ? swizzled<4>(first_row, chunk) : swizzled<8>(first_row, chunk);
 #pragma unroll
-      for (int i = 0; i < 16 * kTiles; ++i) sums[i / (4 * kTiles)][i / 4 % kTiles][i % 4] += parts[32 * i + lane];
+    for (int k = 0; k < kCopies; ++k) {
+      const int row = first_row + k * (kSparseThreads / chunks), feature = call.first ? row : chunk * wide;
+      const int64_t own = token + (call.first ? chunk * wide : row), at = own < last ? own : last;
+      const int64_t place = call.first ? feature % kBlock * call.x_stride + at : at * call.x_stride + feature % kBlock;
+      x_from[k] = static_cast<const char*>(call.x) + place * bytes;
+      if (k < kSlotsOfX) x_slot[k] = min(feature / kBlock, kSlots - 1);
     }
   }
 
-  LOWPREC_DEVICE void write(float* shared) const {
-    const int64_t output = static_cast<int64_t>(place.column) * call.block + place.half * kOutputs + kRun * lane_t;
-    if (!call.out.direct) {
-      const int splits = call.shape.splits;
-      const int size = splits > 1 ? (splits - 1) * kSparseTokens * kOutputs : kSparseTokens * 8;
-      float* room = shared + static_cast<int>(threadIdx.x / 32 / splits) * size;
+  LOWPREC_DEVICE void plan_w() {
+    const int chunks = kBlock * kBlock / (w_codes ? 16 : 8), i = threadIdx.x;
+    w_from = static_cast<const char*>(call.w) + 16 * (i % chunks);
+    w_to = room.x + (w_codes ? 16 * i : swizzled<kTiles>(i / kTiles, i % kTiles));
+    w_copies = (kSlots * chunks - i + kSparseThreads - 1) / kSparseThreads;
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        __syncwarp();
+    for (int k = 0; k < kSlotsOfW; ++k) w_slot[k] = min((i + k * kSparseThreads) / chunks, kSlots - 1);
+  }
+
+  LOWPREC_DEVICE char* stage_at(int stage) const { return shared + stage % kSparseStages * room.stage(); }
+
+  LOWPREC_DEVICE void copy(int stage) {
+    constexpr int step = 16 * kSparseThreads;
+    const uint32_t to = shared_address(stage_at(stage));
+    const int n = stage * kSlots % kSparseLinks;
+    int64_t x_block[kSlotsOfX], w_block[kSlotsOfW];  // all of them before the first copy, which no load passes
 #pragma unroll
-        for (int i = 0; i < 16; ++i) room[32 * i + threadIdx.x % 32] = sums[i / 4][n][i % 4];
-        __syncwarp();
-        write_slowly<kFirst>(call.out, room, place.token, output + 2 * n);
+    for (int k = 0; k < kSlotsOfX; ++k) x_block[k] = links.x[n + x_slot[k]];
+#pragma unroll
+    for (int k = 0; k < kSlotsOfW; ++k) w_block[k] = links.w[n + w_slot[k]];
+#pragma unroll
+    for (int k = 0; k < kCopies; ++k) {
+      if (k == kCopies / 2 && x_codes) break;
+      const int64_t block = x_block[k % kSlotsOfX];
+      copy_chunk(to + x_to + k * step, x_from[k] + block, block < 0);
+    }
+#pragma unroll
+    for (int k = 0; k < (kBlock == 64 ? kCopies : kSlotsOfW); ++k) {
+      if (k >= w_copies) break;
+      const int64_t block = w_block[k % kSlotsOfW];
+      copy_chunk(to + w_to + k * step, w_from + (kBlock == 64 ? k * step : 0) + block, block < 0);
+    }
+  }
+
+  /// A stage's decoded weights. Two stages' are kept: warps may still read the one before.
+  LOWPREC_DEVICE char* decoded_at(int stage) const { return shared + room.ring() + stage % 2 * room.decoded; }
+
+  /// The chunks of w that this thread copied.
+  LOWPREC_DEVICE void decode_w(int stage) const {
+    const char* from = stage_at(stage) + w_to;
+    char* to = decoded_at(stage);
+    for_decoding(call.w_codes.way, [&]<Decoding kWay>() {
+      for (int k = 0; k < w_copies; ++k) {
+        const uint4 word = *reinterpret_cast<const uint4*>(from + 16 * kSparseThreads * k);
+        const uint2 a = decode_word<kWay>(call.w_codes, word.x), b = decode_word<kWay>(call.w_codes, word.y);
+        const uint2 c = decode_word<kWay>(call.w_codes, word.z), d = decode_word<kWay>(call.w_codes, word.w);
+        const int i = 2 * (threadIdx.x + k * kSparseThreads);
+        *reinterpret_cast<uint4*>(to + swizzled<kTiles>(i / kTiles, i % kTiles)) = {a.x, a.y, b.x, b.y};
+        *reinterpret_cast<uint4*>(to + swizzled<kTiles>((i + 1) / kTiles, (i + 1) % kTiles)) = {c.x, c.y, d.x, d.y};
       }
-    } else if constexpr (kFirst) {
-      const int64_t token = place.token + 8 * lane_g;
-      if (token >= call.out.tokens) return;
+    });
+  }
+
+  // Products.
+
+  /// Where this lane's row of a warp's first operand lies: of 16 features or, in codes, of 32.
+  LOWPREC_DEVICE int x_place(int step) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (x_codes) return swizzled<4>(32 * step + lane, warp);
+    if (call.first) return swizzled<8>(16 * step + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
+    return swizzled<8>(16 * warp + lane % 16, 2 * step + lane / 16);
+  }
+
+  /// And of the second: 16 features of two tiles, or 32 of one.
+  LOWPREC_DEVICE int w_place(int step, int tile) const {
+    const int lane = threadIdx.x % 32, matrix = lane / 8;
+    if constexpr (kBlock == 8) return swizzled<1>(16 * step + lane, 0);
+    const int feature = 16 * step + matrix % 2 * 8, output = 8 * (tile + matrix / 2);
+    if constexpr (!kTranspose) return swizzled<kTiles>(feature + lane % 8, output / 8);
+    return swizzled<kTiles>(feature / kBlock * kBlock + output + lane % 8, feature % kBlock / 8);
+  }
+
+  LOWPREC_DEVICE void plan_products() {
 #pragma unroll
-      for (int n = 0; n < kRun; ++n) {
-        float run[8];
+    for (int step = 0; step < 4; ++step) x_at[step] = x_place(x_codes ? step % 2 : step);
 #pragma unroll
-        for (int m = 0; m < 8; ++m) run[m] = sums[m / 2][n / 2][m % 2 * 2 + n % 2];
-        write_run(call.out, (output + n) * call.out.tokens + token, run);
-      }
+    for (int i = 0; i < kTurns; ++i) w_at[i] = kTranspose ? w_place(i, 0) : w_place(0, 2 * i);
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) sums[i / 4][i % 4] = 0;
+  }
+
+  /// The first operands of a stage. In codes a register has those of two tokens and features, which become two.
+  LOWPREC_DEVICE void load_x(uint32_t (&a)[4][4], uint32_t x) const {
+    if (x_codes) {
+      uint32_t words[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_matrices<true>(words[i], x + x_at[i]);
+      for_decoding(call.x_codes.way, [&]<Decoding kWay>() {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const uint2 tokens = decode_columns<kWay>(call.x_codes, words[i / 4][i % 4]);
+          a[i / 2][i % 2 * 2] = tokens.x;
+          a[i / 2][i % 2 * 2 + 1] = tokens.y;
+        }
+      });
+    } else if (call.first) {
+#pragma unroll
+      for (int step = 0; step < 4; ++step) load_matrices<true>(a[step], x + x_at[step]);
     } else {
 #pragma unroll
-      for (int m = 0; m < 8; ++m) {
-        const int64_t token = place.token + 8 * m + lane_g;
-        float run[kRun];
+      for (int step = 0; step < 4; ++step) load_matrices<false>(a[step], x + x_at[step]);
+    }
+  }
+
+  /// The second operand of 16 features: of two tiles from `tile` on, or of this step and the next.
+  template <bool kHalf, bool kGated>
+  LOWPREC_DEVICE void load_w(uint32_t (&b)[4], uint32_t w, int step, int tile, const float* gates) const {
+    // Rows lie one after the other: those of eight features or outputs more differ by a constant from the plan's.
+    const int turn = kTurns == 1 ? 0 : kTranspose ? step % kTurns : tile / 2;
+    const int rows = kTranspose && kTurns > 1 ? step / kTurns * 16 * kTurns + 8 * tile : 16 * step;
+    load_matrices<!kTranspose>(b, w + w_at[turn] + 2 * kBlock * rows);
+    if constexpr (kGated) {
 #pragma unroll
-        for (int n = 0; n < kRun; ++n) run[n] = sums[m / 2][n / 2][m % 2 * 2 + n % 2];
-        if (token < call.out.tokens) write_run(call.out, token * call.out.features + output, run);
+      for (int i = 0; i < 4; ++i) {
+        const float gate = gates[kBlock == 8 ? 2 * step + i : 16 * step / kBlock];
+        b[i] = codes::multiply<kHalf>(b[i], narrow_pair(kHalf, gate, gate));
+      }
+    }
+  }
+
+  template <bool kHalf, bool kGated>
+  LOWPREC_DEVICE void multiply_stage(uint32_t x, uint32_t w, const float* gates) {
+    uint32_t a[4][4], b[4];
+    load_x(a, x);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      if constexpr (kBlock == 8) {
+        if (step % 2 == 0) load_w<kHalf, kGated>(b, w, step, 0, gates);
+        multiply_add<kHalf>(sums[0], a[step], b[step % 2 * 2], b[step % 2 * 2 + 1]);
+      } else {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile += 2) {
+          load_w<kHalf, kGated>(b, w, step, tile, gates);
+          multiply_add<kHalf>(sums[tile], a[step], b[0], b[1]);
+          multiply_add<kHalf>(sums[tile + 1], a[step], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  LOWPREC_DEVICE void multiply(int stage) {
+    const uint32_t x = shared_address(stage_at(stage));
+    const uint32_t w = w_codes ? shared_address(decoded_at(stage)) : x + room.x;
+    const float* gates = links.gate + stage * kSlots % kSparseLinks;
+    if (call.half) {
+      call.gate ? multiply_stage<true, true>(x, w, gates) : multiply_stage<true, false>(x, w, gates);
+    } else {
+      call.gate ? multiply_stage<false, true>(x, w, gates) : multiply_stage<false, false>(x, w, gates);
+    }
+  }
+
+  LOWPREC_DEVICE void run() {
+    begin_list();
+    plan_x();
+    plan_w();
+    const int stages = (count + kSlots - 1) / kSlots;
+#pragma unroll 1
+    for (int stage = 0; stage < kSparseStages - 1; ++stage) {
+      if (stage < stages) copy(stage);
+      end_copies();
+      go_on(stage);
+    }
+    plan_products();
+#pragma unroll 1
+    for (int stage = 0; stage < stages; ++stage) {
+      await_copies<kSparseStages - 2>();
+      if (w_codes) decode_w(stage);
+      __syncthreads();
+      const int next = stage + kSparseStages - 1;
+      if (next < stages) copy(next);
+      end_copies();
+      go_on(next);
+      multiply(stage);
+    }
+    await_copies<0>();
+    __syncthreads();
+  }
+
+  // Results.
+
+  /// The sums, by outputs of the tile's tokens, or by tokens of the block's outputs.
+  LOWPREC_DEVICE void write() const {
+    auto* tile = reinterpret_cast<float*>(shared);
+    const bool first = call.out.first;
+    const int width = first ? kSparseTokens : kBlock, pitch = width + 4, shift = 31 - __clz(width);
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, place = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      const int t = 16 * warp + (x_codes ? 2 * g + i % 4 / 2 : g + i % 4 / 2 * 8), n = i / 4 * 8 + place + i % 2;
+      tile[first ? n * pitch + t : t * pitch + n] = sums[i / 4][i % 4];
+    }
+    __syncthreads();
+    auto* partial = reinterpret_cast<float4*>(call.partial + static_cast<int64_t>(blockIdx.x) * kSparseTokens * kBlock);
+    for (int i = threadIdx.x; i < kSparseTokens * kBlock / 4; i += kSparseThreads) {
+      const float4 run = *reinterpret_cast<const float4*>(tile + (4 * i >> shift) * pitch + (4 * i & (width - 1)));
+      if (parts == 1) {
+        write_four(call.out, token, static_cast<int64_t>(column) * kBlock, kBlock, i, run);
+      } else {
+        partial[i] = run;
       }
     }
   }
 };
 
-template <bool kFirst, int kOutputs, bool kTranspose, bool kCodes>
-__global__ void __launch_bounds__(32 * kSparseWarps, kSparseBlocks<kOutputs>)
-    sparse_kernel(const __grid_constant__ SparseCall call) {
-  extern __shared__ float shared[];
-  const SparsePlace place(call);
-  SparseWarp<kFirst, kOutputs, kTranspose, kCodes> warp(call, place);
-  if (place.column >= 0) warp.run();
-  warp.join(shared);
-  if (place.column >= 0 && place.split == 0) warp.write(shared);
+/// Let the kernel after this one take its place as soon as every thread block of this one has begun.
+LOWPREC_DEVICE void start_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Wait for all that the kernel before this one writes.
+LOWPREC_DEVICE void await_dependence() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+template <int kBlock, bool kTranspose, bool kCodes>
+__global__ void __launch_bounds__(kSparseThreads) sparse_kernel(const __grid_constant__ SparseCall call) {
+  extern __shared__ uint4 shared[];
+  start_dependents();
+  SparseProduct<kBlock, kTranspose, kCodes> product(call, reinterpret_cast<char*>(shared));
+  if (product.column < 0) return;
+  product.run();
+  product.write();
+}
+
+/// Add up the parts of columns that have more than one, which lie beside each other, in their order.
+static __global__ void __launch_bounds__(kSparseThreads)
+    join_parts_kernel(const __grid_constant__ SparseCall call, int block) {
+  const int part = blockIdx.x % call.parts.count, tile = blockIdx.x / call.parts.count;
+  const int* at = call.parts.of + 4 * part;
+  const int column = __ldg(at), parts = __ldg(at + 3);
+  if (column < 0 || parts == 1 || (part > 0 && __ldg(at - 4) == column)) return;
+  await_dependence();
+  const int size = kSparseTokens * block / 4;
+  const auto* from = reinterpret_cast<const float4*>(call.partial) + static_cast<int64_t>(blockIdx.x) * size;
+  for (int i = threadIdx.x; i < size; i += kSparseThreads) {
+    float4 sum = from[i];
+    for (int n = 1; n < parts; ++n) {
+      const float4 term = from[static_cast<int64_t>(n) * size + i];
+      sum = {sum.x + term.x, sum.y + term.y, sum.z + term.z, sum.w + term.w};
+    }
+    write_four(call.out, static_cast<int64_t>(tile) * kSparseTokens, static_cast<int64_t>(column) * block, block, i,
+               sum);
+  }
 }
 
 }  // namespace lowprec

@@ -1,4 +1,4 @@
-// Which kernel multiplies by block-sparse weights, and how its warps share the work. Without torch.
+// How a block-sparse product is launched. Without torch.
 #pragma once
 
 #include <algorithm>
@@ -8,58 +8,68 @@
 
 namespace lowprec {
 
-/// Enough warps to keep the memory busy, each with enough to do; tokens together where weights are most of what is
-/// read.
-inline SparseShape sparse_shape(const SparseCall& call, int64_t blocks, int multiprocessors) {
-  const int halves = call.block == 64 ? 2 : 1;
-  const int64_t token_tiles = (call.out.tokens + kSparseTokens - 1) / kSparseTokens;
-  const int64_t steps = std::max<int64_t>(blocks * call.block / 16 / std::max(call.outputs, 1), 1);  // of a column
-  const int64_t wanted = 32LL * multiprocessors;
-  SparseShape shape{1, halves, 1, 1, 1};
-  const int warps = call.block >= 32 ? 4 : kSparseWarps;
-  while (call.block >= 32 && shape.warps() < warps && shape.token_warps < token_tiles) shape.token_warps *= 2;
-  const int64_t least = static_cast<int64_t>(call.outputs) * halves * token_tiles;
-  while (shape.warps() < warps && least * shape.splits < wanted && steps >= 8 * shape.splits) shape.splits *= 2;
-  shape.columns = std::max(1, warps / shape.warps());
-  shape.column_groups = (call.outputs + shape.columns - 1) / shape.columns;
-  return shape;
+/// Blocks beyond which a column comes in parts, where that is worth a second kernel. lowprec/blocksparse.py plans by
+/// the same number.
+inline int64_t sparse_part_blocks(int64_t outputs, int64_t blocks, int64_t block) {
+  const int64_t columns = std::max<int64_t>(outputs, 400);
+  return std::max((2 * blocks + columns - 1) / columns, 256 / block);
 }
 
-template <bool kFirst, int kOutputs, bool kTranspose>
-cudaError_t launch_sparse(const SparseCall& call, int64_t token_tiles, cudaStream_t stream) {
-  const SparseShape& shape = call.shape;
-  const int64_t grid = (token_tiles + shape.token_warps - 1) / shape.token_warps * shape.column_groups;
-  const int columns = shape.warps() / shape.splits;
-  const int parts = (shape.splits - 1) * kSparseTokens * kOutputs, slow = call.out.direct ? 0 : kSparseTokens * 8;
-  const int shared = columns * std::max(parts, slow) * static_cast<int>(sizeof(float));
-  const bool codes = call.x_codes.way != Decoding::none || call.w_codes.way != Decoding::none;
-  const auto kernel =
-      codes ? sparse_kernel<kFirst, kOutputs, kTranspose, true> : sparse_kernel<kFirst, kOutputs, kTranspose, false>;
-  if (grid > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(grid), 32 * shape.warps(), shared, stream>>>(call);
+inline int64_t sparse_parts(int64_t outputs, int64_t blocks, int64_t block) {
+  return outputs + blocks / sparse_part_blocks(outputs, blocks, block);
+}
+
+/// Whether columns come in parts: where a long one would be the last to end, by far.
+inline bool sparse_splits(int64_t tokens, int64_t block) { return tokens <= 2 * kSparseTokens && block >= 16; }
+
+/// Whether features must come first: where a block's are less than two sectors of memory, and codes.
+inline bool sparse_turns(int64_t block, bool x_codes) { return x_codes || block <= 16; }
+
+template <int kBlock, bool kTranspose, bool kCodes>
+cudaError_t launch_sparse(const SparseCall& call, unsigned grid, cudaStream_t stream) {
+  const SparseRoom room(call.x_codes.way != Decoding::none, call.w_codes.way != Decoding::none, kBlock);
+  const auto kernel = sparse_kernel<kBlock, kTranspose, kCodes>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.total());
+  if (error != cudaSuccess) return error;
+  kernel<<<grid, kSparseThreads, room.total(), stream>>>(call);
   return cudaGetLastError();
 }
 
-template <bool kFirst, int kOutputs>
-cudaError_t launch_sparse(const SparseCall& call, bool transpose, int64_t token_tiles, cudaStream_t stream) {
-  if (transpose) return launch_sparse<kFirst, kOutputs, true>(call, token_tiles, stream);
-  return launch_sparse<kFirst, kOutputs, false>(call, token_tiles, stream);
+template <int kBlock>
+cudaError_t launch_sparse(const SparseCall& call, bool transpose, unsigned grid, cudaStream_t stream) {
+  const bool codes = call.x_codes.way != Decoding::none || call.w_codes.way != Decoding::none;
+  if (codes && transpose) return launch_sparse<kBlock, true, true>(call, grid, stream);
+  if (codes) return launch_sparse<kBlock, false, true>(call, grid, stream);
+  if (transpose) return launch_sparse<kBlock, true, false>(call, grid, stream);
+  return launch_sparse<kBlock, false, false>(call, grid, stream);
 }
 
-/// Multiply as described; `call.shape` is set.
-inline cudaError_t launch_sparse(const SparseCall& call, bool first, bool transpose, cudaStream_t stream) {
-  const int64_t tiles = (call.out.tokens + kSparseTokens - 1) / kSparseTokens;
-  switch (call.block) {
-    case 8:
-      if (first) return launch_sparse<true, 8>(call, transpose, tiles, stream);
-      return launch_sparse<false, 8>(call, transpose, tiles, stream);
-    case 16:
-      if (first) return launch_sparse<true, 16>(call, transpose, tiles, stream);
-      return launch_sparse<false, 16>(call, transpose, tiles, stream);
-    default:
-      if (first) return launch_sparse<true, 32>(call, transpose, tiles, stream);
-      return launch_sparse<false, 32>(call, transpose, tiles, stream);
-  }
+/// The second kernel, of which thread blocks may start while the first one's end, where a device can do that.
+inline cudaError_t launch_join(const SparseCall& call, int block, unsigned grid, bool early, cudaStream_t stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(kSparseThreads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, join_parts_kernel, call, block);
+}
+
+/// Multiply as described. `early`: whether the device is of compute capability 9.0 or later.
+inline cudaError_t launch_sparse(const SparseCall& call, int block, bool transpose, bool early, cudaStream_t stream) {
+  const int64_t tiles = (call.out.tokens + kSparseTokens - 1) / kSparseTokens, size = tiles * call.parts.count;
+  if (size > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
+  const auto grid = static_cast<unsigned>(size);
+  const auto launch = block == 8    ? launch_sparse<8>
+                      : block == 16 ? launch_sparse<16>
+                      : block == 32 ? launch_sparse<32>
+                                    : launch_sparse<64>;
+  const cudaError_t error = launch(call, transpose, grid, stream);
+  if (error != cudaSuccess || !call.partial) return error;
+  return launch_join(call, block, grid, early, stream);
 }
 
 }  // namespace lowprec

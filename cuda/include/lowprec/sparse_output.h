@@ -1,4 +1,4 @@
-// Where the sums of block-sparse products go: from registers, in runs of neighbours. Device code.
+// Where the sums of block-sparse products go, four neighbours at a time. Device code.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +7,14 @@
 
 namespace lowprec {
 
+constexpr int kSparseTokens = 64;  // of a tile
+
 struct SparseOutput {
   Output to;
   int64_t tokens;
   int64_t features;
-  bool direct;  // float32, bfloat16 or float16 sums, whose runs lie at multiples of their size
+  bool first;   // features first
+  bool direct;  // float32, bfloat16 or float16 sums, four of which lie at multiples of their size
 };
 
 /// Two sums in 16 bits each.
@@ -25,53 +28,27 @@ LOWPREC_DEVICE uint32_t narrow_pair(bool half, float low, float high) {
   return pair;
 }
 
-/// A run of two, four or eight neighbours.
-template <int kCount>
-LOWPREC_DEVICE void write_run(const SparseOutput& out, int64_t index, const float (&run)[kCount]) {
-  if (out.to.bytes == 4) {
-    float* to = static_cast<float*>(out.to.data) + index;
-    if constexpr (kCount == 2) {
-      *reinterpret_cast<float2*>(to) = {run[0], run[1]};
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; i += 4)
-        *reinterpret_cast<float4*>(to + i) = {run[i], run[i + 1], run[i + 2], run[i + 3]};
-    }
-    return;
-  }
-  uint32_t pairs[kCount / 2];
-#pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) pairs[i] = narrow_pair(out.to.half, run[2 * i], run[2 * i + 1]);
-  uint16_t* to = static_cast<uint16_t*>(out.to.data) + index;
-  if constexpr (kCount == 2) {
-    *reinterpret_cast<uint32_t*>(to) = pairs[0];
-  } else if constexpr (kCount == 4) {
-    *reinterpret_cast<uint2*>(to) = {pairs[0], pairs[1]};
-  } else {
-    *reinterpret_cast<uint4*>(to) = {pairs[0], pairs[1], pairs[2], pairs[3]};
-  }
+/// In whatever form, and so many of them.
+__device__ __noinline__ void write_slowly(const SparseOutput& out, int64_t index, float4 run, int count) {
+  const float sums[4] = {run.x, run.y, run.z, run.w};
+  store_four(out.to, index, sums, count);
 }
 
-/// Sums of 64 tokens and 8 outputs, from where each lane has put its own 16, whatever their form and place: a lane's
-/// are those of two outputs from `output` on.
-template <bool kFirst>
-__device__ __noinline__ void write_slowly(const SparseOutput& out, const float* sums, int64_t first_token,
-                                          int64_t output) {
-  const int lane = threadIdx.x % 32, g = lane / 4;
-#pragma unroll 1
-  for (int i = 0; i < (kFirst ? 4 : 8); ++i) {
-    // Of four tokens from 4 (i % 2) on and output i / 2, or of two outputs and token i.
-    float run[4];
-#pragma unroll
-    for (int u = 0; u < (kFirst ? 4 : 2); ++u) {
-      const int m = kFirst ? i % 2 * 4 + u : i, n = kFirst ? i / 2 : u;
-      run[u] = sums[32 * (m / 2 * 4 + m % 2 * 2 + n) + lane];
-    }
-    const int64_t token = first_token + (kFirst ? 8 * g + i % 2 * 4 : 8 * i + g);
-    const int64_t left = out.tokens - token;
-    if (left <= 0) continue;
-    const int64_t index = kFirst ? (output + i / 2) * out.tokens + token : token * out.features + output;
-    store_four(out.to, index, run, kFirst ? static_cast<int>(left < 4 ? left : 4) : 2);
+/// The i-th four sums of a tile of tokens and a block of outputs, which lies as the result does.
+LOWPREC_DEVICE void write_four(const SparseOutput& out, int64_t token, int64_t output, int block, int i, float4 run) {
+  const int width = out.first ? kSparseTokens : block, shift = 31 - __clz(width);
+  const int64_t row = (out.first ? output : token) + (4 * i >> shift);
+  const int64_t place = (out.first ? token : output) + (4 * i & (width - 1));
+  const int64_t left = out.tokens - (out.first ? place : row);
+  if (left <= 0) return;
+  const int64_t index = row * (out.first ? out.tokens : out.features) + place;
+  if (!out.direct) {
+    write_slowly(out, index, run, out.first && left < 4 ? static_cast<int>(left) : 4);
+  } else if (out.to.bytes == 4) {
+    *reinterpret_cast<float4*>(static_cast<float*>(out.to.data) + index) = run;
+  } else {
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(out.to.data) + index) = {narrow_pair(out.to.half, run.x, run.y),
+                                                                              narrow_pair(out.to.half, run.z, run.w)};
   }
 }
 

@@ -58,6 +58,20 @@ LOWPREC_DEVICE uint32_t decode_pair(const PairDecode& by, uint32_t codes) {
   return reader.pair(codes);
 }
 
+/// Four codes, the first in the lowest byte.
+template <Decoding kWay>
+LOWPREC_DEVICE uint2 decode_word(const PairDecode& by, uint32_t word) {
+  word <<= is_half(kWay) ? by.half.up : by.wide.up;
+  return {decode_pair<kWay>(by, __byte_perm(word, 0, 0x1404)), decode_pair<kWay>(by, __byte_perm(word, 0, 0x3424))};
+}
+
+/// The codes of two rows and columns: those in the first column, and those in the second.
+template <Decoding kWay>
+LOWPREC_DEVICE uint2 decode_columns(const PairDecode& by, uint32_t word) {
+  word <<= is_half(kWay) ? by.half.up : by.wide.up;
+  return {decode_pair<kWay>(by, word << 8), decode_pair<kWay>(by, word)};
+}
+
 /// Call f with how codes are decoded, as a constant.
 template <class F>
 LOWPREC_DEVICE void for_decoding(Decoding way, F f) {
