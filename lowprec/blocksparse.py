@@ -90,7 +90,7 @@ def part_blocks(outputs: int, blocks: int, block: int) -> int:
 
 
 def product_plan(lengths: Tensor, blocks: int, block: int) -> tuple[Tensor, Tensor]:
-    """What thread blocks of a product take up, a row for each: output, its first pair, how many, and the output's parts.
+    """What thread blocks of a product take up, in rows: output, its first pair, how many, and the output's parts.
 
     Outputs as a whole, those of more than twice the mean's blocks first, the longest of them foremost; the others stay
     as they are, since neighbours share inputs in many patterns. And outputs in parts of whole stages of 64 features,
