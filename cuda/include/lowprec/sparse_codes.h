@@ -56,15 +56,20 @@ LOWPREC_DEVICE uint32_t to_half(uint32_t pair) {
   return result;
 }
 
-/// Two codes of e4m3fn as float16.
-LOWPREC_DEVICE uint32_t e4m3_to_half(uint16_t pair) {
+/// Two codes of e4m3fn, the first in the lower byte, as float16.
+LOWPREC_DEVICE uint32_t e4m3_to_half(uint16_t codes) {
   uint32_t result = 0;
 #if __CUDA_ARCH__ >= 890
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(result) : "h"(pair));
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(result) : "h"(codes));
 #else
-  (void)pair;
+  (void)codes;
 #endif
   return result;
+}
+
+/// Two, each in the upper byte of its half.
+LOWPREC_DEVICE uint32_t e4m3_to_half(uint32_t pair) {
+  return e4m3_to_half(static_cast<uint16_t>(__byte_perm(pair, 0, 0x4431)));
 }
 
 #endif
@@ -138,10 +143,7 @@ struct CodeReader {
     if constexpr (kHalf) {
       if (is_float16_top) return codes;
 #if __CUDA_ARCH__ >= 890
-      if (is_e4m3) {
-        const auto bytes = static_cast<uint16_t>(__byte_perm(codes, 0, 0x4431));
-        return codes::multiply<true>(codes::e4m3_to_half(bytes), e4m3_scale);
-      }
+      if (is_e4m3) return codes::multiply<true>(codes::e4m3_to_half(codes), e4m3_scale);
 #endif
       if (!through) return shifted<true>(codes);
       return codes::to_half(shifted<false>(codes));
