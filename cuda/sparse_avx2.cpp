@@ -17,17 +17,16 @@ namespace lowprec {
 constexpr int kRows = 4;  // of a tile with two vectors in each: sixteen registers hold no more rows of a block
 
 template <class C>
+using VectorOf = std::conditional_t<std::is_same_v<C, Float64>, Quads, Octs>;
+
+template <class C>
 void multiply_sparse_avx2(const SparseProduct<C>& x) {
-  multiply_sparse_by<C, std::conditional_t<std::is_same_v<C, Float64>, Quads, Octs>, kRows>(x);
+  SparseColumnsOf<C, VectorOf<C>, kRows>(x).run();
 }
 
 template <class C>
 void update_sparse_avx2(const SparseUpdate<C>& x) {
-  if constexpr (std::is_same_v<C, Float64>) {
-    SparseUpdateOf<C, Quads, Quads, kRows>(x).run();
-  } else {
-    SparseUpdateOf<C, Octs, Octs, kRows>(x).run();
-  }
+  SparseUpdateOf<C, VectorOf<C>, kRows>(x).run();
 }
 
 template void multiply_sparse_avx2(const SparseProduct<Float64>&);

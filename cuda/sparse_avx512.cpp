@@ -18,15 +18,15 @@ constexpr int kRows = 8;  // of a tile with two vectors in each: sixteen sums hi
 
 template <class C>
 void multiply_sparse_avx512(const SparseProduct<C>& x) {
-  multiply_sparse_by<C, std::conditional_t<std::is_same_v<C, Float64>, Doubles, Floats>, kRows>(x);
+  SparseColumnsOf<C, std::conditional_t<std::is_same_v<C, Float64>, Doubles, Floats>, kRows>(x).run();
 }
 
 template <class C>
 void update_sparse_avx512(const SparseUpdate<C>& x) {
   if constexpr (std::is_same_v<C, Float64>) {
-    SparseUpdateOf<C, Doubles, Doubles, kRows>(x).run();
+    SparseUpdateOf<C, Doubles, kRows>(x).run();
   } else {
-    SparseUpdateOf<C, Floats, Octs, kRows>(x).run();
+    x.block == Octs::lanes ? SparseUpdateOf<C, Octs, kRows>(x).run() : SparseUpdateOf<C, Floats, kRows>(x).run();
   }
 }
 

@@ -12,7 +12,7 @@
 namespace lowprec {
 namespace {
 
-constexpr int64_t kTokens = 512;               // that are packed at once
+constexpr int64_t kTokens = 512;               // of an update that are packed at once
 constexpr int64_t kSlice = 256;                // features that a task packs
 constexpr int64_t kNearBytes = 512 * 1024;     // of packed operands that a core keeps near
 constexpr int64_t kMultiplications = 1 << 16;  // that are worth a thread
@@ -28,8 +28,9 @@ class SparseTile {
   LOWPREC_INLINE SparseTile() {
     each([](Vector& sum, int64_t, int64_t) { sum = V::splat(-Scalar(0)); });
   }
-  LOWPREC_INLINE SparseTile(const Scalar* sums, int64_t pitch) {
-    each([&](Vector& sum, int64_t i, int64_t j) { sum = V::load(sums + i * pitch + j * V::lanes); });
+  /// Sums from before: rows lie `row_step` apart, vectors `step`.
+  LOWPREC_INLINE SparseTile(const Scalar* sums, int64_t row_step, int64_t step) {
+    each([&](Vector& sum, int64_t i, int64_t j) { sum = V::load(sums + i * row_step + j * step); });
   }
 
   /// Terms: rows of a by vectors of b. a is read as a[i · row_step + k · term_step], b as b[j · pitch + k · step].
@@ -53,8 +54,8 @@ class SparseTile {
     each([](Vector& sum, int64_t, int64_t) { sum = V::add(sum, V::splat(Scalar(0))); });
   }
 
-  LOWPREC_INLINE void store(Scalar* sums, int64_t pitch) {
-    each([&](Vector& sum, int64_t i, int64_t j) { V::store(sums + i * pitch + j * V::lanes, sum); });
+  LOWPREC_INLINE void store(Scalar* sums, int64_t row_step, int64_t step) {
+    each([&](Vector& sum, int64_t i, int64_t j) { V::store(sums + i * row_step + j * step, sum); });
   }
 
  private:
@@ -70,34 +71,27 @@ class SparseTile {
   Vector sum_[kRows][kVectors];
 };
 
-/// Up to kTokens tokens of a product, packed as panels [V::lanes tokens][features][V::lanes].
+/// Some tokens of a product at a time, packed as panels [V::lanes tokens][features][V::lanes]: for each thread a region
+/// of as many as stay near it.
 template <class C, class V, int kRows>
 class SparseColumnsOf {
  public:
   using Scalar = typename V::Scalar;
   static constexpr int64_t width = 2 * V::lanes;  // tokens of a tile
 
-  SparseColumnsOf(const SparseProduct<C>& product, Scalar* panels)
-      : x_(product), pitch_(product.features * V::lanes), panels_(panels) {}
+  explicit SparseColumnsOf(const SparseProduct<C>& product)
+      : x_(product),
+        pitch_(product.features * V::lanes),
+        region_(std::max<int64_t>(kNearBytes / (2 * pitch_ * static_cast<int64_t>(sizeof(Scalar)) + 1), 1) * width),
+        room_(std::min<int64_t>(region_ * torch::stable::get_num_threads(), x_.tokens)),
+        panels_(((room_ - 1) / V::lanes + 1) * pitch_) {}
 
-  void run(int64_t first) {
-    first_ = first;
-    tokens_ = std::min(kTokens, x_.tokens - first);
-    pack_tokens();
-    // Work is counted through all outputs of the tokens that stay near, then of the next.
-    const int64_t near = std::max<int64_t>(kNearBytes / (pitch_ * static_cast<int64_t>(sizeof(Scalar)) * 2), 1) * width;
-    const int64_t work = x_.columns.work(), regions = (tokens_ - 1) / near + 1;
-    const int64_t each = std::min(near, tokens_) * x_.w.block * x_.w.block;
-    parallel_for(0, regions * work, kMultiplications / each + 1, [&](int64_t begin, int64_t end) {
-      const DefaultArithmetic arithmetic;
-      const Buffer<Scalar> sums(x_.w.block * width);
-      for (int64_t region = begin / work; region * work < end; ++region) {
-        const int64_t last = x_.columns.at(std::min(end - region * work, work));
-        for (int64_t j = x_.columns.at(std::max<int64_t>(begin - region * work, 0)); j < last; ++j) {
-          column(j, region * near, std::min((region + 1) * near, tokens_), sums.data());
-        }
-      }
-    });
+  void run() {
+    for (first_ = 0; first_ < x_.tokens; first_ += room_) {
+      tokens_ = std::min(room_, x_.tokens - first_);
+      pack_tokens();
+      multiply();
+    }
   }
 
  private:
@@ -108,7 +102,24 @@ class SparseColumnsOf {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t panel = task / slices, feature = task % slices * kSlice;
         pack<C, V, V::lanes>(x_.x, first_ + panel * V::lanes, first_ + tokens_, feature,
-                             std::min(kSlice, x_.features - feature), panels_ + panel * pitch_ + feature * V::lanes);
+                             std::min(kSlice, x_.features - feature),
+                             panels_.data() + panel * pitch_ + feature * V::lanes);
+      }
+    });
+  }
+
+  /// Work is counted through all outputs of a region, then of the next.
+  void multiply() const {
+    const int64_t work = x_.columns.work(), regions = (tokens_ - 1) / region_ + 1;
+    const int64_t each = std::min(region_, tokens_) * x_.w.block * x_.w.block;
+    parallel_for(0, regions * work, kMultiplications / each + 1, [&](int64_t begin, int64_t end) {
+      const DefaultArithmetic arithmetic;
+      const Buffer<Scalar> sums(x_.w.block * width);
+      for (int64_t region = begin / work; region * work < end; ++region) {
+        const int64_t last = x_.columns.at(std::min(end - region * work, work));
+        for (int64_t j = x_.columns.at(std::max<int64_t>(begin - region * work, 0)); j < last; ++j) {
+          column(j, region * region_, std::min((region + 1) * region_, tokens_), sums.data());
+        }
       }
     });
   }
@@ -117,31 +128,53 @@ class SparseColumnsOf {
   void column(int64_t j, int64_t begin, int64_t end, Scalar* sums) const {
     for (int64_t token = begin; token < end; token += width) {
       const int64_t count = std::min(end - token, width);
-      for (int64_t i = 0; i < x_.w.block; i += kRows) {
-        count > V::lanes ? tile<2>(j, token, i, sums + i * width) : tile<1>(j, token, i, sums + i * width);
-      }
+      count > V::lanes ? block<2>(j, token, sums) : block<1>(j, token, sums);
       x_.token_step == 1 ? write_rows(j, token, count, sums) : write_columns(j, token, count, sums);
     }
   }
 
-  /// kRows outputs of a block, from the row-th on, for kVectors vectors of tokens.
+  /// The sums of an output block for kVectors vectors of tokens. Of wide blocks all rows of tiles take one block of
+  /// weights after the other, which then is read once; of narrow ones a tile takes all of them.
   template <int kVectors>
-  void tile(int64_t j, int64_t token, int64_t row, Scalar* sums) const {
-    const auto& w = x_.w;
+  void block(int64_t j, int64_t token, Scalar* sums) const {
+    using Tile = SparseTile<V, kRows, kVectors>;
+    const int64_t b = x_.w.block;
     const int32_t first = x_.columns.offsets[j], last = x_.columns.offsets[j + 1];
-    const Scalar* panel = panels_ + token / V::lanes * pitch_;
-    SparseTile<V, kRows, kVectors> tile;
-    for (int64_t n = first; n < last; ++n) {
-      const int64_t input = x_.columns.pairs[2 * n], id = x_.columns.pairs[2 * n + 1];
-      if (w.closed(id)) {
-        tile.add_zeros();
-      } else {
-        tile.add(w.at(id) + row * w.output_step, w.output_step, w.term_step, panel + input * w.block * V::lanes, pitch_,
-                 V::lanes, w.block);
+    const Scalar* panel = panels_.data() + token / V::lanes * pitch_;
+    const bool wide = b > 2 * kRows;
+    const int32_t apart = wide ? 1 : std::max(last - first, 1);
+    for (int32_t n = first; n == first || n < last; n += apart) {
+      for (int64_t row = 0; row < b; row += kRows) {
+        Tile tile = n == first ? Tile() : Tile(sums + row * width, width, V::lanes);
+        for (int32_t pair = n; pair < std::min(n + apart, last); ++pair) {
+          if (pair + 1 < last && (wide || row == 0)) fetch(pair + 1, row, wide ? kRows : b, panel);
+          add(tile, pair, row, panel);
+        }
+        if (first == last) tile.add_zeros();
+        tile.store(sums + row * width, width, V::lanes);
       }
     }
-    if (first == last) tile.add_zeros();
-    tile.store(sums, width);
+  }
+
+  template <class Tile>
+  LOWPREC_INLINE void add(Tile& tile, int64_t pair, int64_t row, const Scalar* panel) const {
+    const auto& w = x_.w;
+    const int64_t input = x_.columns.pairs[2 * pair], id = x_.columns.pairs[2 * pair + 1];
+    if (w.closed(id)) return tile.add_zeros();
+    tile.add(w.at(id) + row * w.output_step, w.output_step, w.term_step, panel + input * w.block * V::lanes, pitch_,
+             V::lanes, w.block);
+  }
+
+  /// Fetch rows of a pair's operands that the next sums need.
+  LOWPREC_INLINE void fetch(int64_t pair, int64_t row, int64_t rows, const Scalar* panel) const {
+    const int64_t b = x_.w.block;
+    const Scalar* w = x_.w.at(x_.columns.pairs[2 * pair + 1]);
+    const Scalar* x = panel + x_.columns.pairs[2 * pair] * b * V::lanes;
+    for (int64_t i = row * b; i < (row + rows) * b; i += 64 / sizeof(Scalar)) __builtin_prefetch(w + i);
+    for (int64_t i = row; i < row + rows; ++i) {
+      __builtin_prefetch(x + i * V::lanes);
+      __builtin_prefetch(x + i * V::lanes + pitch_);
+    }
   }
 
   Scalar* out(int64_t j, int64_t token, int64_t row) const {
@@ -153,39 +186,40 @@ class SparseColumnsOf {
   }
 
   void write_columns(int64_t j, int64_t token, int64_t count, const Scalar* sums) const {
-    alignas(64) Scalar line[V::lanes];
-    typename V::Vector square[V::lanes];
     for (int64_t i = 0; i < x_.w.block; i += V::lanes) {
-      const int64_t some = std::min<int64_t>(x_.w.block - i, V::lanes);
       for (int64_t t = 0; t < count; t += V::lanes) {
-        for (int64_t n = 0; n < V::lanes; ++n) square[n] = V::load(sums + (i + std::min(n, some - 1)) * width + t);
-        V::transpose(square);
-        for (int64_t n = 0; n < std::min<int64_t>(count - t, V::lanes); ++n) {
-          V::store(line, square[n]);
-          std::copy_n(line, some, out(j, token + t + n, i));
-        }
+        x_.w.block < V::lanes ? write_square<8>(j, token, i, t, count, sums)
+                              : write_square<V::lanes>(j, token, i, t, count, sums);
       }
     }
   }
 
+  /// kFeatures outputs, from the row-th on, of as many tokens as there are lanes, from the t-th on.
+  template <int kFeatures>
+  void write_square(int64_t j, int64_t token, int64_t row, int64_t t, int64_t count, const Scalar* sums) const {
+    constexpr int features = std::min(kFeatures, V::lanes);
+    alignas(64) Scalar line[V::lanes];
+    typename V::Vector square[V::lanes];
+    for (int n = 0; n < V::lanes; ++n) square[n] = V::load(sums + (row + std::min(n, features - 1)) * width + t);
+    V::transpose(square);
+    for (int64_t n = 0; n < std::min<int64_t>(count - t, V::lanes); ++n) {
+      V::store(line, square[n]);
+      std::copy_n(line, features, out(j, token + t + n, row));
+    }
+  }
+
   const SparseProduct<C>& x_;
-  int64_t pitch_;  // of panels
-  Scalar* panels_;
+  int64_t pitch_;   // of panels
+  int64_t region_;  // tokens
+  int64_t room_;    // for so many tokens
+  Buffer<Scalar> panels_;
   int64_t first_ = 0;
   int64_t tokens_ = 0;
 };
 
-template <class C, class V, int kRows>
-void multiply_sparse_by(const SparseProduct<C>& x) {
-  const int64_t panels = (std::min(kTokens, x.tokens) - 1) / V::lanes + 1;
-  const Buffer<typename V::Scalar> packed(panels * x.features * V::lanes);
-  SparseColumnsOf<C, V, kRows> columns(x, packed.data());
-  for (int64_t first = 0; first < x.tokens; first += kTokens) columns.run(first);
-}
-
 /// The sums of a weight gradient over up to kTokens tokens at a time, packed as panels [V::lanes features][tokens]
-/// [V::lanes]. V8 are the vectors for blocks narrower than V.
-template <class C, class V, class V8, int kRows>
+/// [V::lanes]. No block is narrower than V.
+template <class C, class V, int kRows>
 class SparseUpdateOf {
  public:
   using Scalar = typename V::Scalar;
@@ -204,7 +238,7 @@ class SparseUpdateOf {
       const int64_t grain = kMultiplications / (count_ * x_.block * x_.block) + 1;
       parallel_for(0, x_.blocks, grain, [&](int64_t begin, int64_t end) {
         const DefaultArithmetic arithmetic;
-        for (int64_t n = begin; n < end; ++n) block(x_.order[n]);
+        x_.block == V::lanes ? narrow(begin, end) : wide(begin, end);
       });
     }
   }
@@ -230,33 +264,46 @@ class SparseUpdateOf {
     });
   }
 
-  void block(int64_t id) const {
-    const int64_t b = x_.block;
-    const Scalar* left = place(left_.data(), x_.at[2 * id] * b);
-    const Scalar* right = place(right_.data(), x_.at[2 * id + 1] * b);
-    Scalar* sums = x_.out + id * b * b;
-    if (b < V::lanes) return tiles<V8, 8, 1>(left, right, sums);
-    b == V::lanes ? tiles<V, 8, 1>(left, right, sums) : tiles<V, kRows, 2>(left, right, sums);
+  /// Blocks as wide as a vector, by twos where they share x.
+  void narrow(int64_t begin, int64_t end) const {
+    for (int64_t id = begin; id < end; ++id) {
+      if (id + 1 < end && x_.at[2 * id] == x_.at[2 * id + 2]) {
+        tiles<kRows, 2>(id, 0, right(id + 1) - right(id), x_.block * x_.block);
+        ++id;
+      } else {
+        tiles<8, 1>(id, 0, 0, 0);
+      }
+    }
   }
 
-  /// Where a feature's first token lies, feature a multiple of the rows of a tile.
+  void wide(int64_t begin, int64_t end) const {
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t column = 0; column < x_.block; column += 2 * V::lanes) {
+        tiles<kRows, 2>(x_.order[n], column, pitch(), V::lanes);
+      }
+    }
+  }
+
+  /// The sums of a block from a column on; the second vector's dy lies `dy_step` further on, its sums `step`.
+  template <int kTileRows, int kVectors>
+  void tiles(int64_t id, int64_t column, int64_t dy_step, int64_t step) const {
+    using Tile = SparseTile<V, kTileRows, kVectors>;
+    for (int64_t row = 0; row < x_.block; row += kTileRows) {
+      Scalar* sums = x_.out + (id * x_.block + row) * x_.block + column;
+      Tile tile = first_ > 0 ? Tile(sums, x_.block, step) : Tile();
+      tile.add(place(left_.data(), x_.at[2 * id] * x_.block + row), 1, V::lanes, right(id) + column * tokens_, dy_step,
+               V::lanes, count_);
+      tile.store(sums, x_.block, step);
+    }
+  }
+
+  const Scalar* right(int64_t id) const { return place(right_.data(), x_.at[2 * id + 1] * x_.block); }
+
+  /// Where a feature's first token lies.
   const Scalar* place(const Scalar* panels, int64_t feature) const {
     return panels + feature / V::lanes * pitch() + feature % V::lanes;
   }
   int64_t pitch() const { return tokens_ * V::lanes; }
-
-  template <class AnyV, int kTileRows, int kVectors>
-  void tiles(const Scalar* left, const Scalar* right, Scalar* sums) const {
-    for (int64_t row = 0; row < x_.block; row += kTileRows) {
-      for (int64_t column = 0; column < x_.block; column += kVectors * AnyV::lanes) {
-        Scalar* at = sums + row * x_.block + column;
-        auto tile =
-            first_ > 0 ? SparseTile<AnyV, kTileRows, kVectors>(at, x_.block) : SparseTile<AnyV, kTileRows, kVectors>();
-        tile.add(place(left, row), 1, V::lanes, place(right, column), pitch(), V::lanes, count_);
-        tile.store(at, x_.block);
-      }
-    }
-  }
 
   const SparseUpdate<C>& x_;
   int64_t tokens_;  // for which there is room
