@@ -18,6 +18,10 @@
 namespace lowprec {
 namespace {
 
+using torch::stable::narrow;
+using torch::stable::transpose;
+using torch::stable::unsqueeze;
+
 template <class T>
 T* elements(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
@@ -107,50 +111,39 @@ void run(const SparseUpdate<C>& x) {
 
 // Any accumulator, on gathered operands.
 
-/// What is copied is bytes: `size` of an element.
-struct Copier {
-  int64_t size;
-
-  void operator()(char* to, const char* from, int64_t count) const {
-    std::memcpy(to, from, static_cast<size_t>(count * size));
-  }
-  void zeros(char* to, int64_t count) const { std::memset(to, 0, static_cast<size_t>(count * size)); }
-};
-
-/// The operands of an output block, its terms side by side.
+/// The operands of an output block, its terms side by side. Elements are bytes here.
 class Gather {
  public:
   explicit Gather(const SparseCall& call)
-      : call_(call), copy_{static_cast<int64_t>(call.x.element_size())}, columns_(call.columns()) {}
+      : call_(call),
+        columns_(call.columns()),
+        size_(static_cast<int64_t>(call.x.element_size())),
+        x_(static_cast<const char*>(call.x.const_data_ptr())),
+        w_(static_cast<const char*>(call.w.const_data_ptr())) {}
 
   int64_t terms(int64_t j) const { return (columns_.offsets[j + 1] - columns_.offsets[j]) * call_.block(); }
 
-  /// Tokens [begin, begin + count) by terms: [count][terms], or [terms][count] where features come first.
+  /// Tokens [begin, begin + count) as [terms][count].
   void left(int64_t j, int64_t begin, int64_t count, char* to) const {
-    const int64_t b = call_.block(), tokens = call_.tokens(), terms_of = terms(j);
-    const auto* x = static_cast<const char*>(call_.x.const_data_ptr());
-    each(j, [&](int64_t n, int64_t input, int64_t id) {
+    const int64_t b = call_.block();
+    each(j, [&](int64_t input, int64_t id) {
       const bool closed = call_.closed(id);
-      for (int64_t i = 0; i < (call_.first ? b : count); ++i) {
-        const int64_t from =
-            call_.first ? (input * b + i) * tokens + begin : (begin + i) * call_.features() + input * b;
-        const int64_t place = call_.first ? (n * b + i) * count : i * terms_of + n * b;
-        const int64_t some = call_.first ? count : b;
-        closed ? copy_.zeros(to + place * copy_.size, some)
-               : copy_(to + place * copy_.size, x + from * copy_.size, some);
+      for (int64_t k = input * b; k < (input + 1) * b; ++k, to += count * size_) {
+        if (closed) {
+          std::memset(to, 0, static_cast<size_t>(count * size_));
+        } else {
+          copy(to, x_, k * call_.tokens() + begin, count);
+        }
       }
     });
   }
 
   /// Weights: [terms][block], or [block][terms] of transposed ones.
   void right(int64_t j, char* to) const {
-    const int64_t b = call_.block(), terms_of = terms(j);
-    const auto* w = static_cast<const char*>(call_.w.const_data_ptr());
-    each(j, [&](int64_t n, int64_t, int64_t id) {
-      if (!call_.transpose) return copy_(to + n * b * b * copy_.size, w + id * b * b * copy_.size, b * b);
-      for (int64_t i = 0; i < b; ++i) {
-        copy_(to + (i * terms_of + n * b) * copy_.size, w + (id * b + i) * b * copy_.size, b);
-      }
+    const int64_t b = call_.block(), pitch = call_.transpose ? terms(j) : b;
+    each(j, [&](int64_t, int64_t id) {
+      for (int64_t i = 0; i < b; ++i) copy(to + i * pitch * size_, w_, (id * b + i) * b, b);
+      to += (call_.transpose ? b : b * b) * size_;
     });
   }
 
@@ -158,13 +151,19 @@ class Gather {
   template <class F>
   void each(int64_t j, const F& f) const {
     for (int64_t n = columns_.offsets[j]; n < columns_.offsets[j + 1]; ++n) {
-      f(n - columns_.offsets[j], columns_.pairs[2 * n], columns_.pairs[2 * n + 1]);
+      f(columns_.pairs[2 * n], columns_.pairs[2 * n + 1]);
     }
   }
 
+  void copy(char* to, const char* from, int64_t place, int64_t count) const {
+    std::memcpy(to, from + place * size_, static_cast<size_t>(count * size_));
+  }
+
   const SparseCall& call_;
-  Copier copy_;
   SparseColumns columns_;
+  int64_t size_;
+  const char* x_;
+  const char* w_;
 };
 
 struct Cpu {
@@ -190,7 +189,7 @@ struct Cpu {
                         call.block, call.blocks, at, at + 2 * call.blocks, elements<NumberOf<C>>(out)});
   }
 
-  /// Every accumulator whose leaves are terms. x and w are contiguous.
+  /// Every accumulator whose leaves are terms.
   template <class C>
   static void multiply_under(const AccumulatorSpec& spec, const SumSeed& words, const SparseCall& call,
                              const Tensor& out) {
@@ -211,7 +210,7 @@ struct Cpu {
           right.resize(terms * b);
           gather.left(j, token, count, reinterpret_cast<char*>(left.data()));
           gather.right(j, reinterpret_cast<char*>(right.data()));
-          Product<C> x{call.first ? Lines<C>{left.data(), 1, count} : Lines<C>{left.data(), terms, 1},
+          Product<C> x{{left.data(), 1, count},
                        call.transpose ? Lines<C>{right.data(), terms, 1} : Lines<C>{right.data(), 1, b},
                        0,
                        0,
@@ -229,36 +228,30 @@ struct Cpu {
     });
   }
 
-  /// The same for updates. x and dy are one contiguous pair.
+  /// The same for updates.
   template <class C>
   static void update_under(const AccumulatorSpec& spec, const SumSeed& words, const UpdateCall& call,
                            const Tensor& out) {
-    using Bits = typename C::Bits;
-    const int64_t b = call.block, tokens = call.tokens(), outputs = call.outputs();
-    const auto* dy = static_cast<const Bits*>(call.dy[0].const_data_ptr());
-    const Lines<C> x = lines<C>(call.x[0], call.first);
+    const int64_t b = call.block, tokens = call.tokens();
+    const auto* at = call.at();
+    const auto* x = elements<const typename C::Bits>(call.x[0]);
+    const auto* dy = elements<const typename C::Bits>(call.dy[0]);
     const std::vector<int64_t> starts = runs(call);
     parallel_for(0, static_cast<int64_t>(starts.size()) - 1, 1, [&](int64_t begin, int64_t end) {
-      std::vector<Bits> right;
+      std::vector<typename C::Bits> right;
       for (int64_t n = begin; n < end; ++n) {
-        const int64_t id = starts[n], count = starts[n + 1] - id, width = count * b;
-        right.resize(tokens * width);
+        const int64_t id = starts[n], count = starts[n + 1] - id;
+        right.resize(count * b * tokens);
         for (int64_t k = 0; k < count; ++k) {
-          const int64_t output = call.at()[2 * (id + k) + 1] * b;
-          if (call.first) {
-            std::copy_n(dy + output * tokens, b * tokens, right.data() + k * b * tokens);
-          } else {
-            for (int64_t t = 0; t < tokens; ++t)
-              std::copy_n(dy + t * outputs + output, b, right.data() + t * width + k * b);
-          }
+          std::copy_n(dy + at[2 * (id + k) + 1] * b * tokens, b * tokens, right.data() + k * b * tokens);
         }
-        Product<C> product{{x.data + call.at()[2 * id] * b * x.step, x.step, x.stride},
-                           call.first ? Lines<C>{right.data(), tokens, 1} : Lines<C>{right.data(), 1, width},
+        Product<C> product{{x + at[2 * id] * b * tokens, tokens, 1},
+                           {right.data(), tokens, 1},
                            0,
                            0,
                            1,
                            b,
-                           width,
+                           count * b,
                            tokens,
                            id * b * b,
                            b,
@@ -279,28 +272,25 @@ struct Cpu {
     const int64_t roundings = roundings_of(spec, columns.longest() * b);
     for (int64_t j = 0; j < columns.outputs; ++j) {
       const int64_t terms = gather.terms(j);
-      Tensor left = empty(call.x, call.first ? Sizes{1, terms, tokens} : Sizes{1, tokens, terms}, call.x.scalar_type());
-      Tensor right = empty(call.w, call.transpose ? Sizes{1, b, terms} : Sizes{1, terms, b}, call.w.scalar_type());
+      const Tensor left = empty(call.x, {1, terms, tokens}, call.x.scalar_type());
+      Tensor right = call.transpose ? empty(call.w, {1, b, terms}, call.w.scalar_type())
+                                    : empty(call.w, {1, terms, b}, call.w.scalar_type());
       gather.left(j, 0, tokens, elements<char>(left));
       gather.right(j, elements<char>(right));
-      if (call.first) left = torch::stable::transpose(left, 1, 2);
-      if (call.transpose) right = torch::stable::transpose(right, 1, 2);
-      add_leaves(spec, words, left, right, roundings,
+      if (call.transpose) right = transpose(right, 1, 2);
+      add_leaves(spec, words, transpose(left, 1, 2), right, roundings,
                  {j * b * call.feature_step(), call.feature_step(), b, call.token_step()}, out);
     }
   }
 
   static void update_hopper(const AccumulatorSpec& spec, const SumSeed& words, const UpdateCall& call,
                             const Tensor& out) {
-    using torch::stable::narrow, torch::stable::transpose, torch::stable::unsqueeze;
-    const int64_t b = call.block, dim = call.first ? 0 : 1;
+    const int64_t b = call.block;
     for (int64_t id = 0; id < call.blocks; ++id) {
       Tensor x = call.x[0], dy = call.dy[0];
-      x = narrow(x, dim, call.at()[2 * id] * b, b);
-      dy = narrow(dy, dim, call.at()[2 * id + 1] * b, b);
-      x = unsqueeze(call.first ? x : transpose(x, 0, 1), 0);
-      dy = unsqueeze(call.first ? transpose(dy, 0, 1) : dy, 0);
-      add_leaves(spec, words, x, dy, 0, {id * b * b, 1, 0, 0}, out);
+      x = narrow(x, 0, call.at()[2 * id] * b, b);
+      dy = narrow(dy, 0, call.at()[2 * id + 1] * b, b);
+      add_leaves(spec, words, unsqueeze(x, 0), unsqueeze(transpose(dy, 0, 1), 0), 0, {id * b * b, 1, 0, 0}, out);
     }
   }
 

@@ -18,7 +18,6 @@
 namespace lowprec {
 
 using Tensors = std::vector<Tensor>;
-using Sizes = std::vector<int64_t>;
 
 constexpr int64_t kMaxBlock = 64;
 
@@ -159,6 +158,9 @@ inline void check_block(int64_t block) {
   STD_TORCH_CHECK(block == 8 || block == 16 || block == 32 || block == kMaxBlock, "block must be 8, 16, 32 or 64");
 }
 
+/// [N, C] as [C, N], unless it is that.
+inline Tensor features_first(const Tensor& x, bool first) { return first ? x : torch::stable::transpose(x, 0, 1); }
+
 /// A product's operands: x [N, C] or [C, N] and w [blocks, b, b], contiguous and gated, as values of one dtype.
 struct SparseCall {
   Tensor x;
@@ -243,10 +245,12 @@ struct UpdateCall {
     STD_TORCH_CHECK(fits, "the table is not that of x and dy");
   }
 
-  /// All tokens as one contiguous pair.
+  /// All tokens as one pair, contiguous with features first.
   void join() {
-    x = {joined(x)};
-    dy = {joined(dy)};
+    const Tensor left = joined(x), right = joined(dy);
+    x = {left};
+    dy = {right};
+    first = true;
   }
 
  private:
@@ -260,15 +264,14 @@ struct UpdateCall {
   }
 
   Tensor joined(const Tensors& parts) const {
-    if (parts.size() == 1) return contiguous(parts[0]);
-    const int64_t dim = first ? 1 : 0, features = parts[0].size(1 - dim), all = tokens();
-    const Tensor whole = first ? empty(parts[0], {features, all}, parts[0].scalar_type())
-                               : empty(parts[0], {all, features}, parts[0].scalar_type());
+    if (parts.size() == 1) return contiguous(features_first(parts[0], first));
+    const Tensor whole = empty(parts[0], {parts[0].size(first ? 0 : 1), tokens()}, parts[0].scalar_type());
     int64_t start = 0;
     for (const Tensor& part : parts) {
       Tensor target = whole;
-      copy(torch::stable::narrow(target, dim, start, part.size(dim)), part);
-      start += part.size(dim);
+      const int64_t count = part.size(first ? 1 : 0);
+      copy(torch::stable::narrow(target, 1, start, count), features_first(part, first));
+      start += count;
     }
     return whole;
   }
@@ -277,7 +280,8 @@ struct UpdateCall {
 /// The operators of lowprec/_ops.py. A backend forms sums of values:
 /// - `multiply<C>(call, out)` and `update<C>(call, out)` in C's carrier, one term after the other; any strides;
 /// - `multiply_under<C>(spec, seed, call, out)` and `update_under<C>` under an accumulator whose leaves are terms,
-///   `multiply_hopper(spec, seed, call, out)` and `update_hopper` under the others; contiguous operands, one pair.
+///   `multiply_hopper(spec, seed, call, out)` and `update_hopper` under the others; x and dy lie with features first
+///   and contiguous, and an update has one pair.
 template <class Backend>
 struct SparseOps {
   static Tensor matmul(const Tensor& x, const Tensor& w, const Tensor& table, const MaybeTensor& gate, int64_t outputs,
@@ -416,7 +420,8 @@ struct SparseOps {
     const bool hopper = spec.leaf >= Leaf::hopper_fp8;
     const Tensor out = call.result(hopper ? ScalarType::Float : carrier_dtype(call.x.scalar_type()));
     const SumSeed seed(source.seed, source.offset);
-    call.x = contiguous(call.x);
+    const Tensor packed = contiguous(features_first(call.x, call.first));
+    call.x = call.first ? packed : torch::stable::transpose(packed, 0, 1);
     if (out.numel() == 0) return out;
     if (hopper) {
       Backend::multiply_hopper(spec, seed, call, out);
