@@ -49,7 +49,7 @@ def fields_of(text: str) -> list[int]:
 
 def same(found: Tensor, expected: Tensor, what: object = "") -> None:
     """The same bits, or NaN both."""
-    assert found.dtype == expected.dtype and found.shape == expected.shape, what
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape), what
     assert torch.equal(found.isnan(), expected.isnan()), what
     assert_bits_equal(found.nan_to_num(0.0), expected.nan_to_num(0.0), what=str(what))
 
