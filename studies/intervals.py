@@ -28,13 +28,17 @@ def equality(differences: Sequence[float], margin: float) -> tuple[Interval, flo
         The mean with its 90% interval, inside ±margin exactly when p is below 0.05; and p, 1 for one difference.
         Source: Schuirmann 1987.
     """
-    difference = mean(differences, 0.90)
-    room = margin - abs(difference.estimate)
-    if len(differences) < 2:
-        return difference, 1.0
-    error = _error(differences)
+    p = max(below(differences, margin), below([-difference for difference in differences], margin))
+    return mean(differences, 0.90), p
+
+
+def below(values: Sequence[float], limit: float) -> float:
+    """Whether the mean of values lies below a limit: p of a one-sided t test, 1 for one value."""
+    if len(values) < 2:
+        return 1.0
+    room, error = limit - mean(values).estimate, _error(values)
     t = room / error if error else copysign(inf, room)
-    return difference, (1 - copysign(t_within(abs(t), len(differences) - 1), t)) / 2
+    return (1 - copysign(t_within(abs(t), len(values) - 1), t)) / 2
 
 
 def _error(values: Sequence[float]) -> float:

@@ -229,6 +229,7 @@ def test_intervals_of_means() -> None:
     assert (one.estimate, one.bounded, intervals.plain(one)["low"]) == (0.5, False, None)
     assert intervals.equality([0.0], 1.0)[1] == 1.0
     assert intervals.equality([0.5, 0.5], 1.0)[1] == 0.0
+    assert intervals.below([-3.0, -2.0, -4.0], 1.0) == pytest.approx(0.01010205, rel=1e-6)
     assert intervals.plus_minus(intervals.mean([1.0, 2.0]), "+.1f") == "+1.5 ± 6.4"
 
 
@@ -249,6 +250,8 @@ def test_findings_say_what_the_scores_say() -> None:
     assert "no difference is shown" in equal
     assert "equality within ±1 is shown" in equal
     assert "it is better; equality within ±1 is not shown" in better
+    assert "that it is no worse by 1 is shown" in better
+    assert "no worse" not in equal + worse
     assert "it is worse; equality within ±1 is not shown" in worse
     assert (
         "+0.10 [95%: +0.10 to +0.10] points of error without noise; it is worse; equality within ±1 is shown" in clean
@@ -324,6 +327,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(finished: Path, tiny: dict[st
         )
     )
     assert whole == again
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "result.json"}
     updates = [line["update"] for line in record.lines(tmp_path / "metrics.jsonl")]
     assert updates == list(range(2, 42, 2))
 

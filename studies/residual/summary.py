@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lowprec.studies.intervals import equality, mean, plain, text
+from lowprec.studies.intervals import below, equality, mean, plain, text
 from lowprec.studies.record import Json
 from lowprec.studies.regression import Interval
 from lowprec.studies.residual.config import FULL, Arm, Config
@@ -19,13 +19,17 @@ UNITS = {
 
 
 class Equality(NamedTuple):
-    """An arm against the base: the difference with its 95% interval and its 90% one, p of two one-sided tests."""
+    """An arm against the base: the difference with its 95% interval and its 90% one; p of the two one-sided tests.
+
+    p: of both, that they are equal within the margin; p_no_worse: of one, that the arm is no worse by the margin.
+    """
 
     arm: str
     key: str
     difference: Interval
     within: Interval
     p: float
+    p_no_worse: float
 
 
 class Gain(NamedTuple):
@@ -84,7 +88,9 @@ class Summary:
         for key in self.accuracies:
             for arm in self.config.arms[1:]:
                 differences = self.differences(arm, self.base, key)
-                found.append(Equality(arm, key, mean(differences), *equality(differences, self.config.margin)))
+                within, p = equality(differences, self.config.margin)
+                worse = below(differences, self.config.margin)
+                found.append(Equality(arm, key, mean(differences), within, p, worse))
         return found
 
     def learned(self) -> list[Gain]:
@@ -129,9 +135,11 @@ def _against_base(summary: Summary, found: Equality) -> str:
     verdict = _verdict(found.difference, "it is better", "it is worse")
     difference = f"{text(found.difference, form)} {summary.unit(found.key)}"
     within = f"90%: {found.within.low:{form}} to {found.within.high:{form}}, p = {found.p:.2g}"
-    return (
-        f"{found.arm} less {summary.base}: {difference}; {verdict}; equality within ±{margin:g} is {shown} ({within})."
+    line = (
+        f"{found.arm} less {summary.base}: {difference}; {verdict}; equality within ±{margin:g} is {shown} ({within})"
     )
+    no_worse = f", that it is no worse by {margin:g} is shown (p = {found.p_no_worse:.2g})"
+    return line + (no_worse if found.p_no_worse < 0.05 <= found.p else "") + "."
 
 
 def _learned(summary: Summary, gain: Gain) -> str:
@@ -162,6 +170,7 @@ def as_json(summary: Summary) -> Json:
     equalities = [
         {"arm": each.arm, "against": summary.base, "of": each.key, "difference": plain(each.difference)}
         | {"within": plain(each.within), "margin": summary.config.margin, "p_equal": each.p}
+        | {"p_no_worse": each.p_no_worse}
         for each in summary.equalities()
     ]
     gains = [

@@ -31,15 +31,17 @@ def run(config: Config, arm: Arm, folder: Path, stop: Stop) -> None:
     """Train and score every seed of an arm; those that are done already stay."""
     device = torch.device(config.device)
     set_up(device)
-    for seed in range(config.seeds):
-        if not (folder / f"seed-{seed}.json").exists():
+    files = [folder / f"seed-{seed}.json" for seed in range(config.seeds)]
+    for seed, file in enumerate(files):
+        if not file.exists():
             record.rewind(folder / "metrics.jsonl", seed * config.updates)
             result = train(config, arm, seed, device, folder, stop)
             if result is None:
                 return
-            record.write_json(folder / f"seed-{seed}.json", result)
-    results = [record.read_json(folder / f"seed-{seed}.json") for seed in range(config.seeds)]
-    record.write_json(folder / "result.json", {"arm": str(arm), "seeds": results})
+            record.write_json(file, result)
+    record.write_json(folder / "result.json", {"arm": str(arm), "seeds": [record.read_json(file) for file in files]})
+    for file in files:
+        file.unlink()
 
 
 def set_up(device: torch.device) -> None:
