@@ -94,8 +94,10 @@ def layouts(config: Config, pattern: str, seed: int) -> list[sparse.BlockLayout]
 
 
 def dense_width(config: Config, task: Task) -> int:
-    """The least width at which a dense net has as many parameters as the sparse one: it is never the smaller net."""
-    blocks = sparse.patterns.budget(config.blocks, config.blocks, config.density)
+    """The least width at which a dense net has as many parameters as any sparse one: it is never the smaller."""
+    patterns = {Arm.parse(name).pattern for name in config.arms} - {DENSE}
+    budget = sparse.patterns.budget(config.blocks, config.blocks, config.density)
+    blocks = max((layouts(config, pattern, 0)[0].blocks for pattern in patterns), default=budget)  # groups may differ
     wanted = parameters(config, task, config.width, blocks * config.block**2)
     return next(width for width in range(1, wanted) if parameters(config, task, width, width**2) >= wanted)
 
