@@ -32,9 +32,11 @@ def draw_arms(summary: Summary) -> bytes:
         panels = above.subplots(1, len(formats), sharey=True, squeeze=False)[0]
         for axes, format in zip(panels, formats, strict=True):
             _curves(axes, summary, format)
-        left, right = below.subplots(1, 2)
-        _against_base(left, summary)
-        _learned(right, summary)
+        kinds = list(summary.learned()[0].by) if summary.learned() else []
+        axes = below.subplots(1, 1 + len(kinds), width_ratios=[2, *[1] * len(kinds)], squeeze=False)[0]
+        _against_base(axes[0], summary)
+        for place, (panel, key) in enumerate(zip(axes[1:], kinds, strict=True)):
+            _learned(panel, summary, key, named=place == 0)
         file = io.BytesIO()
         figure.savefig(file, format="png")
         return file.getvalue()
@@ -42,18 +44,17 @@ def draw_arms(summary: Summary) -> bytes:
 
 def _curves(axes: Axes, summary: Summary, format: str) -> None:
     patterns = list(dict.fromkeys(Arm.parse(name).pattern for name in summary.config.arms))
-    for name in summary.config.arms:
-        arm = Arm.parse(name)
-        if arm.format == format:
-            updates, means = summary.curve(name, summary.score)
-            look: dict[str, Any] = {
-                "color": COLOURS[patterns.index(arm.pattern)],
-                "linestyle": "--" if arm.learned else "-",
-            }
-            axes.plot(updates, [each.estimate for each in means], linewidth=1.5, **look)
-            if means[0].bounded:
-                low, high = ([max(limit, 1e-9) for limit in limits] for limits in _limits(means))
-                axes.fill_between(updates, low, high, color=look["color"], alpha=0.10, linewidth=0)
+    arms = {name: Arm.parse(name) for name in summary.config.arms if Arm.parse(name).format == format}
+    for name, arm in arms.items():
+        updates, means = summary.curve(name, summary.score)
+        look: dict[str, Any] = {
+            "color": COLOURS[patterns.index(arm.pattern)],
+            "linestyle": "--" if arm.learned else "-",
+        }
+        axes.plot(updates, [each.estimate for each in means], linewidth=1.5, **look)
+        if means[0].bounded:
+            low, high = ([max(limit, 1e-9) for limit in limits] for limits in _limits(means))
+            axes.fill_between(updates, low, high, color=look["color"], alpha=0.10, linewidth=0)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
@@ -62,8 +63,9 @@ def _curves(axes: Axes, summary: Summary, format: str) -> None:
     axes.set_ylabel("error %, held out, under noise" if summary.score == "error" else "bits per character, test")
     axes.set_title(f"{format}: mean of {summary.config.seeds} seeds, 95%")
     axes.grid(True)
-    handles = [Line2D([], [], color=COLOURS[i], linestyle="-", label=pattern) for i, pattern in enumerate(patterns)]
-    if summary.learned():
+    shown = [(i, pattern) for i, pattern in enumerate(patterns) if any(arm.pattern == pattern for arm in arms.values())]
+    handles = [Line2D([], [], color=COLOURS[i], linestyle="-", label=pattern) for i, pattern in shown]
+    if any(arm.learned for arm in arms.values()):
         handles.append(Line2D([], [], color=INK, linestyle="--", label="learned from there"))
     axes.legend(handles=handles)
 
@@ -90,13 +92,13 @@ def _against_base(axes: Axes, summary: Summary) -> None:
         axes.legend(handles, ["under noise", "without"], loc="best")
 
 
-def _learned(axes: Axes, summary: Summary) -> None:
+def _learned(axes: Axes, summary: Summary, key: str, named: bool) -> None:
     found = summary.learned()
     for row, gain in enumerate(found):
-        _difference(axes, row, gain.by[summary.score], COLOURS[2])
-    _finish(axes, [gain.other for gain in found])
-    axes.set_xlabel(f"{summary.unit(summary.score)} more than the fixed start")
-    axes.set_title("Learned less fixed, by where it began")
+        _difference(axes, row, gain.by[key], COLOURS[2])
+    _finish(axes, [gain.other if named else "" for gain in found])
+    axes.set_xlabel(summary.unit(key))
+    axes.set_title("Learned less fixed start" if named else "and in bits")
 
 
 def _difference(axes: Axes, row: float, effect: Interval, colour: str) -> None:
@@ -118,10 +120,12 @@ def draw_masks(summary: Summary) -> bytes | None:
         return None
     layers = summary.config.layers
     with style():
-        figure = Figure(figsize=(1.15 * layers + 0.6, 2.75 * len(arms) + 0.6), layout="constrained")
-        rows = figure.subplots(2 * len(arms), layers, squeeze=False)
-        for index, arm in enumerate(arms):
-            _mask_rows(rows[2 * index], rows[2 * index + 1], summary, arm)
+        figure = Figure(figsize=(1.15 * layers + 0.6, 2.85 * len(arms) + 0.6), layout="constrained")
+        parts = figure.subfigures(len(arms), 1, squeeze=False)[:, 0]
+        for part, arm in zip(parts, arms, strict=True):
+            part.suptitle(arm, x=0.01, ha="left", fontsize=10, fontweight="bold")
+            above, below = part.subplots(2, layers, squeeze=False)
+            _mask_rows(above, below, summary.nets(arm)[0]["masks"])
         names = ("absent", "there before and after", "dropped", "grown")
         handles = [
             Patch(facecolor=colour, edgecolor=GREY, label=name)
@@ -133,13 +137,11 @@ def draw_masks(summary: Summary) -> bytes | None:
         return file.getvalue()
 
 
-def _mask_rows(above: Sequence[Axes], below: Sequence[Axes], summary: Summary, arm: str) -> None:
-    masks = summary.nets(arm)[0]["masks"]
+def _mask_rows(above: Sequence[Axes], below: Sequence[Axes], masks: dict[str, list[list[str]]]) -> None:
     for layer, (first, last) in enumerate(zip(masks["before"], masks["after"], strict=True)):
         before, after = (np.array([[int(bit) for bit in row] for row in mask]) for mask in (first, last))
         _mask(above[layer], before + (before & ~after & 1), f"layer {layer + 1}")
         _mask(below[layer], after + 2 * (after & ~before & 1), "")
-    above[0].text(0, 1.32, arm, transform=above[0].transAxes, fontsize=10, fontweight="bold")
     above[0].set_ylabel("before", fontsize=9)
     below[0].set_ylabel("after", fontsize=9)
 
