@@ -412,6 +412,22 @@ def test_undeclared_float32_is_declared_fp32(device: torch.device) -> None:
     assert_bits_equal(sparse.matmul(x.cpu(), w.cpu(), on_cpu), sparse.matmul(x, w, layout).cpu())
 
 
+@pytest.mark.parametrize("accumulator", ["1-6-9", "chunk8:1-5-2/fp32", "pairwise:1-6-9 stochastic"])
+def test_a_layout_of_all_blocks_is_a_matrix(accumulator: str, device: torch.device) -> None:
+    layout = BlockLayout(torch.ones(2, 3, dtype=torch.bool, device=device), 16)
+    x = numbers(4, 32, dtype=torch.float32, device=device).requires_grad_()
+    w = numbers(*layout.weight_shape, dtype=torch.float32, device=device).requires_grad_()
+    dense = layout.to_dense(w.detach()).requires_grad_()
+    y = sparse.matmul(x, w, layout, accumulator=accumulator, seed=5)
+    expected = lp.matmul(x, dense, accumulator, seed=5)
+    assert_bits_equal(y, expected)
+    dx, dw = torch.autograd.grad(y, (x, w), y.detach())
+    dx_dense, dw_dense = torch.autograd.grad(expected, (x, dense), y.detach())
+    assert_bits_equal(dx, dx_dense)
+    if "stochastic" not in accumulator:  # whose words go by the place in [blocks, block, block]
+        assert_bits_equal(dw, layout.from_dense(dw_dense))
+
+
 def test_each_gradient_has_its_own_accumulator_and_words(device: torch.device) -> None:
     layout = BlockLayout(MASKS["tall"].to(device), 8)
     x = numbers(4, layout.inputs, dtype=torch.float32, device=device).requires_grad_()
