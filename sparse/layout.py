@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowprec.blocksparse import Tables, tables_of
-from lowprec.eager_sparse import columns_of
+from lowprec.blocksparse import Product, Tables, Update, declared, tables_of
+from lowprec.eager_sparse import carrier_of, columns_of
 
 BLOCKS = (8, 16, 32, 64)
 """The sizes of blocks."""
+
+_NO_DRAW = (None, None, False)
 
 
 class BlockLayout:
@@ -114,12 +116,12 @@ class BlockLayout:
     # Its tables.
 
     def tables(self, device: torch.device | str) -> Tables:
-        """The tables of this layout on a device, made once."""
+        """The tables of this layout on a device: made once, but for those that belong to a CUDA graph."""
         key = str(torch.device(device))
         tables = self._tables.get(key)
         if tables is not None:
             return tables
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (key.startswith("cuda") and torch.cuda.is_current_stream_capturing()):
             return tables_of(self.mask.to(device), self.blocks, self.block)
         with torch.inference_mode(False):  # those who come later may want gradients
             self._tables[key] = tables_of(self.mask.to(device), self.blocks, self.block)
@@ -194,12 +196,30 @@ class BlockLayout:
         return w[order.long()].transpose(1, 2)
 
     def norm(self, w: Tensor) -> Tensor:
-        """The l2 norm of the weights of each output feature, [outputs], added up in one order. Differentiable."""
+        """The l2 norm of the weights of each output feature, [outputs], summed in float32 (float64 of float64).
+
+        Differentiable; the gradient of a norm of zero is zero.
+        """
         self.require_weights("w", w)
-        squares = self.transpose(w).square().sum(2)
-        table = self.tables(w.device).fprop
-        lengths = table[: self.shape[1] + 1].long().diff()
-        return torch.segment_reduce(squares, "sum", lengths=lengths, unsafe=True).flatten().sqrt()
+        squares = self.column_sums(w.to(carrier_of(w)).square())
+        none = squares == 0
+        return squares.masked_fill(none, 1).sqrt().masked_fill(none, 0).to(w.dtype)
+
+    def column_sums(self, w: Tensor) -> Tensor:
+        """The sum of the weights of each output feature, [outputs]: the product with one token of ones."""
+        ones, fields = w.new_ones(1, self.inputs), declared(None, w.dtype, w.device)
+        how = (False, False, fields, fields, fields, *_NO_DRAW, w.dtype)
+        y: Tensor = Product.apply(ones, w, None, *self.tables(w.device), *how)  # type: ignore[no-untyped-call]
+        return y.squeeze(0)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """A number for each output feature [outputs] as one for each weight: the gradient of `column_sums`."""
+        ones, fields = x.new_ones(1, self.inputs), declared(None, x.dtype, x.device)
+        how = (self.blocks, self.block, False, fields, *_NO_DRAW, x.dtype)
+        w: Tensor = Update.apply(  # type: ignore[no-untyped-call]
+            ones, x.unsqueeze(0), None, *self.tables(x.device), *how
+        )
+        return w
 
     def require_weights(self, name: str, w: object) -> None:
         """Errors for what are no weights of this layout."""

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lowprec.blocksparse import Product, Update, declared
 from lowprec.eager_sparse import carrier_of
 from lowprec.sparse.layout import BlockLayout
 from lowprec.sparse.linear import Features, Linear
@@ -180,39 +179,11 @@ class WeightNorm(nn.Module):
         """Gains times v / |v|, in v's dtype."""
         wide = v.to(carrier_of(v))
         scale = gain.to(carrier_of(gain)) * self._squares(wide).rsqrt()
-        return (wide * spread(scale, self.layout)).to(v.dtype)
+        return (wide * self.layout.spread(scale)).to(v.dtype)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The gains and v that give a weight: its norms, and itself."""
         return self._squares(weight.to(carrier_of(weight))).sqrt().to(weight.dtype), weight
 
     def _squares(self, v: Tensor) -> Tensor:
-        return column_sums(v.square(), self.layout).clamp(min=self.eps)
-
-
-def column_sums(w: Tensor, layout: BlockLayout) -> Tensor:
-    """The sum of the weights of each output feature, [outputs]: the product with one token of ones."""
-    fields = _sums(w)
-    how = (False, False, fields, fields, fields, *_NO_DRAW, w.dtype)
-    y: Tensor = Product.apply(_ones(w, layout), w, None, *layout.tables(w.device), *how)  # type: ignore[no-untyped-call]
-    return y.squeeze(0)
-
-
-def spread(scale: Tensor, layout: BlockLayout) -> Tensor:
-    """A number for each output feature [outputs] as one for each weight: the gradient of `column_sums`."""
-    ones, rows = _ones(scale, layout), scale.unsqueeze(0)
-    where = (None, *layout.tables(scale.device), layout.blocks, layout.block, False)
-    w: Tensor = Update.apply(ones, rows, *where, _sums(scale), *_NO_DRAW, scale.dtype)  # type: ignore[no-untyped-call]
-    return w
-
-
-def _ones(like: Tensor, layout: BlockLayout) -> Tensor:
-    return like.new_ones(1, layout.inputs)
-
-
-def _sums(x: Tensor) -> list[int]:
-    """Sums in float32, one term after another, or in float64."""
-    return declared(None, x.dtype, x.device)
-
-
-_NO_DRAW = (None, None, False)
+        return self.layout.column_sums(v.square()).clamp(min=self.eps)
