@@ -23,6 +23,7 @@ from lowprec.reference import random_word
 from lowprec.rounding import Rounding
 from lowprec.testing import assert_bits_equal
 from tests.engines import engines, float64
+from tests.graphs import captured
 from tests.strategies import DTYPES, accumulators, dtypes, terms, words64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -680,14 +681,7 @@ def test_a_replayed_graph_draws_new_bits() -> None:
         offset.add_(1)
         return y.detach(), da, sums, exact
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
+    graph, found = captured(step)
     for _ in range(2):
         before = offset.clone()
         graph.replay()

@@ -17,6 +17,7 @@ from lowprec import reference
 from lowprec.formats import NAMES
 from lowprec.testing import assert_bits_equal
 from tests.cases import CASES, Arguments, Case
+from tests.graphs import captured
 
 STOCHASTIC: dict[str, Any] = {"rounding": "stochastic", "seed": 3, "offset": 4}
 
@@ -310,14 +311,7 @@ def test_a_replayed_graph_casts_new_inputs_and_draws_new_bits() -> None:
         offset.add_(1)
         return drawn, lp.quantize(x, "1-4-3", rounding="up"), codes, lp.decode(codes, "e4m3fn")
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        drawn, up, codes, decoded = step()
+    graph, (drawn, up, codes, decoded) = captured(step)
     for replay in range(3):
         x.copy_(torch.randn(1000))
         before = offset.item()

@@ -18,6 +18,7 @@ from lowprec import reference_accumulate, sparse
 from lowprec.accumulator import Accumulator
 from lowprec.sparse import BlockLayout
 from lowprec.testing import assert_bits_equal
+from tests.graphs import captured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -583,14 +584,7 @@ def test_captured(dtype: torch.dtype) -> None:
         both = sparse.weight_grad([(x, y.detach()), (x[:3], y.detach()[:3])], layout)
         return y.detach(), dx, dw, both, sparse.matmul(x.detach(), w, layout, accumulator="chunk8:1-6-9/fp32")
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = captured(step)
     for seed in range(3):
         with torch.no_grad():
             x.copy_(numbers(*x.shape, dtype=dtype, device=device, seed=seed))
