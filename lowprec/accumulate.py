@@ -70,7 +70,7 @@ def sum(
     if fields[0] > LEAVES.index("exact"):
         raise ValueError(f"accumulator: a tensor core adds products, and sum() has none to add; got {accumulator}")
     draws = draw(x, "stochastic" if is_stochastic(fields) else "nearest_even", seed, offset, generator)
-    sums: Tensor = _function(Sum, DualSum).apply(x, dims, fields, *draws, _result(dtype, carrier))
+    sums: Tensor = for_mode(Sum, DualSum).apply(x, dims, fields, *draws, _result(dtype, carrier))
     return _unreduced(sums, dims) if keepdim else sums
 
 
@@ -146,16 +146,16 @@ def matmul(
     carrier = _carrier(a.dtype, b.dtype)
     fields, left, right = _fields_of_all(accumulator, backward, carrier)
     result = _result(dtype, carrier)
-    _require_operands(fields, a=a.dtype, b=b.dtype)
+    require_operands(fields, a=a.dtype, b=b.dtype)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        _require_operands(left, gradient=result, b=b.dtype)
-        _require_operands(right, a=a.dtype, gradient=result)
+        require_operands(left, gradient=result, b=b.dtype)
+        require_operands(right, a=a.dtype, gradient=result)
     given = seed is not None or generator is not None
     draws = is_stochastic(fields) or (given and (is_stochastic(left) or is_stochastic(right)))
     words = draw(a, "stochastic" if draws else "nearest_even", seed, offset, generator)
     n = max(a.dim(), b.dim(), 2)
     args = (fields, left, right, *words, given, carrier, result)
-    product: Tensor = _function(Matmul, DualMatmul).apply(_matrices(a, n, 0), _matrices(b, n, -1), *args)
+    product: Tensor = for_mode(Matmul, DualMatmul).apply(_matrices(a, n, 0), _matrices(b, n, -1), *args)
     product = product.squeeze(-2) if a.dim() == 1 else product
     return product.squeeze(-1) if b.dim() == 1 else product
 
@@ -186,7 +186,7 @@ def _require_factors(a: Tensor, b: Tensor) -> None:
             raise ValueError(f"the batch dimensions of a and b must broadcast, {shapes}")
 
 
-def _require_operands(fields: list[int], **dtypes: torch.dtype) -> None:
+def require_operands(fields: list[int], **dtypes: torch.dtype) -> None:
     """TypeError for dtypes that are no operands of an accumulator; the model of tensor cores has its own."""
     leaf = LEAVES[fields[0]]
     allowed = DTYPES if leaf == "hopper_fp8" else DTYPES[len(FLOAT8) :] if leaf in HOPPER else tuple(CONTAINERS)
@@ -196,6 +196,15 @@ def _require_operands(fields: list[int], **dtypes: torch.dtype) -> None:
     for name, dtype in dtypes.items():
         if dtype not in allowed:
             raise TypeError(f"{name} must be one of {names_of(allowed)} for {leaf}, got {dtype}")
+
+
+def require_device(fields: list[int], device: torch.device) -> None:
+    """ValueError where an accumulator needs tensor cores and its operands are elsewhere."""
+    if LEAVES[fields[0]] == "tensor_core" and device.type != "cuda":
+        raise ValueError(
+            "tensor_core leaves are what the hardware gives, and need a CUDA device; hopper_fp16 and hopper_fp8 model "
+            f"Hopper's on any device; got operands on {device}"
+        )
 
 
 def _require_tensor_core(dtypes: dict[str, torch.dtype]) -> None:
@@ -294,7 +303,7 @@ def is_stochastic(fields: list[int]) -> bool:
 # Products.
 
 
-def _function(plain: Any, dual: Any) -> Any:
+def for_mode(plain: Any, dual: Any) -> Any:
     """The one that `torch.compile` can trace, or the one that works in forward mode too."""
     return plain if torch.compiler.is_compiling() else dual
 
@@ -397,12 +406,8 @@ def tree(a: Tensor, b: Tensor, fields: list[int], seed: Tensor | None, offset: T
 
 def _tensor_core(a: Tensor, b: Tensor, fields: list[int], seed: Tensor | None, offset: Tensor | None) -> Tensor:
     """The product with leaves by tensor cores: one level over all of them is added up where they are formed."""
-    _require_operands(fields, a=a.dtype, b=b.dtype)
-    if a.device.type != "cuda":
-        raise ValueError(
-            "tensor_core leaves are what the hardware gives, and need a CUDA device; hopper_fp16 and hopper_fp8 model "
-            f"Hopper's on any device; got a on {a.device}"
-        )
+    require_operands(fields, a=a.dtype, b=b.dtype)
+    require_device(fields, a.device)
     step = 32 if a.dtype in FLOAT8 else 16
     if fields[1] % step:
         raise ValueError(f"tensor_core adds {step} terms of {a.dtype} at once: give k a multiple, got {fields[1]}")
@@ -479,7 +484,7 @@ def _gradient(ctx: Any, x: Tensor, a: Tensor, b: Tensor, fields: list[int], word
         seed, offset = draw(a, "stochastic", None, 0, None)
     carrier = _carrier(ctx.carrier, a.dtype, b.dtype)
     args = (fields, fields, fields, seed, offset, ctx.given, carrier, x.dtype)
-    gradient: Tensor = _function(Matmul, DualMatmul).apply(a, b, *args)
+    gradient: Tensor = for_mode(Matmul, DualMatmul).apply(a, b, *args)
     return gradient.reshape(x.shape)
 
 

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 
 from lowprec import _ops
-from lowprec.accumulate import AccumulatorLike, BackwardLike, accumulator_fields, is_stochastic, round_to
-from lowprec.cast import draw
+from lowprec.accumulate import (
+    AccumulatorLike,
+    BackwardLike,
+    accumulator_fields,
+    for_mode,
+    is_stochastic,
+    require_device,
+    require_operands,
+    round_to,
+)
+from lowprec.cast import QuickApply, draw
 from lowprec.eager import container_of
 from lowprec.eager_sparse import carrier_of
 from lowprec.modes import announced, narrowed
@@ -260,8 +269,7 @@ def matmul(
     words = draw(x, "stochastic" if draws else "nearest_even", seed, offset, generator)
     flat, rest = flatten(x, first)
     how = (*tables, transpose, first, *trees, *words, given, dtype or x.dtype)
-    y: Tensor = Product.apply(flat, w, gate, *how)  # type: ignore[no-untyped-call]
-    y = unflatten(y, rest, first)
+    y = unflatten(apply_product(flat, w, gate, *how), rest, first)
     return y if bias is None else y + beside(bias.to(y.dtype), y, first)
 
 
@@ -278,9 +286,18 @@ def _trees(
     if len(pair) != 2:
         raise ValueError(f"backward must be None, an accumulator, or a pair of them (dx, dw), got {backward!r}")
     forward, left, right = (
-        declared(accumulator if each is None else each, x.dtype, x.device) for each in (accumulator, *pair)
+        checked(accumulator if each is None else each, x.dtype, x.device) for each in (accumulator, *pair)
     )
     return forward, left, right
+
+
+def checked(accumulator: AccumulatorLike | None, dtype: torch.dtype, device: torch.device) -> list[int]:
+    """As `declared`, of operands that are multiplied as they are: errors for what the accumulator does not take."""
+    fields = declared(accumulator, dtype, device)
+    if fields:
+        require_operands(fields, x=dtype)
+        require_device(fields, device)
+    return fields
 
 
 def declared(accumulator: AccumulatorLike | None, dtype: torch.dtype, device: torch.device) -> list[int]:
@@ -306,6 +323,18 @@ def flatten(x: Tensor, first: bool) -> tuple[Tensor, torch.Size]:
 def unflatten(y: Tensor, rest: torch.Size, first: bool) -> Tensor:
     """A result of two dimensions with the sizes that were flattened."""
     return y.view(y.shape[0], *rest) if first else y.view(*rest, y.shape[1])
+
+
+def apply_product(*args: Any) -> Tensor:
+    """`Product` of its arguments, in whatever mode torch is."""
+    y: Tensor = for_mode(Product, DualProduct).apply(*args)
+    return y
+
+
+def apply_update(*args: Any) -> Tensor:
+    """`Update` likewise."""
+    dw: Tensor = for_mode(Update, DualUpdate).apply(*args)
+    return dw
 
 
 class Product(torch.autograd.Function):
@@ -350,7 +379,7 @@ class Product(torch.autograd.Function):
             trees = (ctx.left, ctx.left, ctx.right)
             drawn = _words(ctx.left, x, words, ctx.given, 1)
             how = (not ctx.transpose, ctx.first, *trees, *drawn, ctx.given, x.dtype)
-            dx = Product.apply(dy, w, gate, *where, *how)  # type: ignore[no-untyped-call]
+            dx = apply_product(dy, w, gate, *where, *how)
         if any(ctx.needs_input_grad[1:3]):
             pair = (dy, x) if ctx.transpose else (x, dy)
             drawn = _words(ctx.right, x, words, ctx.given, 2)
@@ -359,14 +388,41 @@ class Product(torch.autograd.Function):
             dw, dgate = gradients(pair, w, gate, what, ctx.needs_input_grad[2])
         return (dx, dw, dgate, *[None] * 13)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        """The tokens of all samples in one product, by which random words go too."""
+        if not isinstance(in_dims[0], int) or any(isinstance(dim, int) for dim in in_dims[1:]):
+            return _ops.sample_by_sample(DualProduct.apply, info, in_dims, args)
+        x, first = args[0].movedim(in_dims[0], int(args[8])), int(args[8])
+        y = apply_product(x.flatten(first, first + 1), *args[1:])
+        return (y.view(len(y), *x.shape[1:]) if first else y.view(*x.shape[:2], y.shape[1])), first
+
+
+class DualProduct(QuickApply, Product):
+    """`Product` in forward mode too, which `torch.compile` refuses to trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        Product.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
+        ctx.rest = inputs[3:]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        x, w, gate = ctx.saved_tensors[:3]
+        dx, dw, dgate = tangents[:3]
+        pairs = ((dx, w, gate), (x, dw, gate), (x, w, dgate))
+        terms = [each for each, tangent in zip(pairs, (dx, dw, dgate), strict=True) if tangent is not None]
+        return sum(apply_product(*each, *ctx.rest) for each in terms)
+
 
 def gradients(
     pair: tuple[Tensor, Tensor], w: Tensor, gate: Tensor | None, how: tuple[Any, ...], of_gate: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of weights and of gates."""
     if not of_gate or gate is None:
-        return Update.apply(*pair, gate, *how, w.dtype), None  # type: ignore[no-untyped-call]
-    sums = Update.apply(*pair, None, *how, carrier_of(w))  # type: ignore[no-untyped-call]
+        return apply_update(*pair, gate, *how, w.dtype), None
+    sums = apply_update(*pair, None, *how, carrier_of(w))
     dgate = (sums * w.to(sums.dtype)).sum((1, 2)).to(gate.dtype)
     return close(sums, gate).to(w.dtype), dgate
 
@@ -426,10 +482,28 @@ class Update(torch.autograd.Function):
                 drawn = _words(ctx.fields, x, (seed, offset), ctx.given, place + 1)
                 trees = (ctx.fields, ctx.fields, ctx.fields)
                 how = (place == 0, ctx.first, *trees, *drawn, ctx.given, x.dtype)
-                results[place] = Product.apply(  # type: ignore[no-untyped-call]
-                    factor, dw, gate, *tables, ctx.shape, *how
-                )
+                results[place] = apply_product(factor, dw, gate, *tables, ctx.shape, *how)
         return (*results, *[None] * 13)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _ops.sample_by_sample(DualUpdate.apply, info, in_dims, args)
+
+
+class DualUpdate(QuickApply, Update):
+    """`Update` in forward mode too."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        Update.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+        ctx.rest = inputs[2:]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        x, dy = ctx.saved_tensors[:2]
+        terms = [pair for pair in ((tangents[0], dy), (x, tangents[1])) if all(each is not None for each in pair)]
+        return sum(apply_update(*pair, *ctx.rest) for pair in terms)
 
 
 # The ops, by whether sums are declared.

@@ -184,7 +184,7 @@ def _cast_at_once(
     """The product and its cast in one kernel. All rows are those of one product where b has no batch."""
     sums._require_factors(a, b)
     fields = accumulator_fields(accumulator, torch.float32)
-    sums._require_operands(fields, a=a.dtype, b=b.dtype)
+    sums.require_operands(fields, a=a.dtype, b=b.dtype)
     shape = (*a.shape[:-1], b.shape[-1])
     count = math.prod(b.shape[:-2])
     left = a.reshape(1, -1, a.shape[-1]) if b.dim() == 2 else a.reshape(count, *a.shape[-2:])

@@ -16,7 +16,7 @@ from lowprec.accumulate import AccumulatorLike, BackwardLike, is_stochastic
 from lowprec.accumulator import LEAVES
 from lowprec.bias import Rule
 from lowprec.blocked import factor, finish, gradient_roles, pair, term
-from lowprec.blocksparse import Product, Tables, declared, flatten, gradients, unflatten
+from lowprec.blocksparse import Tables, apply_product, declared, flatten, gradients, unflatten
 from lowprec.cast import draw
 from lowprec.formats import BlockFormat
 from lowprec.policy import ROLES
@@ -193,8 +193,7 @@ def _again(
         table, outputs = tables.direction(transpose)
         return blocksparse.product(a, w, table, gate, outputs, first, transpose, fields, *words, [], [], dtype)
     how = (transpose, first, fields, fields, fields, *words, True, dtype)
-    y: Tensor = Product.apply(a, w, gate, *tables, *how)  # type: ignore[no-untyped-call]
-    return y
+    return apply_product(a, w, gate, *tables, *how)
 
 
 def _prepared(

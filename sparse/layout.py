@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowprec.blocksparse import Product, Tables, Update, declared, tables_of
+from lowprec.blocksparse import Tables, apply_product, apply_update, declared, tables_of
 from lowprec.eager_sparse import carrier_of, columns_of
 
 BLOCKS = (8, 16, 32, 64)
@@ -209,17 +209,13 @@ class BlockLayout:
         """The sum of the weights of each output feature, [outputs]: the product with one token of ones."""
         ones, fields = w.new_ones(1, self.inputs), declared(None, w.dtype, w.device)
         how = (False, False, fields, fields, fields, *_NO_DRAW, w.dtype)
-        y: Tensor = Product.apply(ones, w, None, *self.tables(w.device), *how)  # type: ignore[no-untyped-call]
-        return y.squeeze(0)
+        return apply_product(ones, w, None, *self.tables(w.device), *how).squeeze(0)
 
     def spread(self, x: Tensor) -> Tensor:
         """A number for each output feature [outputs] as one for each weight: the gradient of `column_sums`."""
         ones, fields = x.new_ones(1, self.inputs), declared(None, x.dtype, x.device)
         how = (self.blocks, self.block, False, fields, *_NO_DRAW, x.dtype)
-        w: Tensor = Update.apply(  # type: ignore[no-untyped-call]
-            ones, x.unsqueeze(0), None, *self.tables(x.device), *how
-        )
-        return w
+        return apply_update(ones, x.unsqueeze(0), None, *self.tables(x.device), *how)
 
     def require_weights(self, name: str, w: object) -> None:
         """Errors for what are no weights of this layout."""

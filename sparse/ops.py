@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowprec import _ops, blocksparse
 from lowprec.accumulate import AccumulatorLike, BackwardLike, is_stochastic, round_to
-from lowprec.blocksparse import Tables, declared
+from lowprec.blocksparse import Tables, checked
 from lowprec.cast import FormatLike, draw, fields_of, mode_of, names_of, require_float
 from lowprec.eager import CONTAINERS
 from lowprec.fused_matmul import cast_product, require_no_cast, words_of, written_dtype
@@ -390,7 +390,7 @@ def _summing(
     operands: _Operands, accumulator: AccumulatorLike | None, words: _Words
 ) -> tuple[list[int], tuple[Tensor | None, Tensor | None]]:
     """The integers of an accumulator and its random words."""
-    fields = declared(accumulator, operands.values, operands.left.device)
+    fields = checked(accumulator, operands.values, operands.left.device)
     return fields, draw(operands.left, "stochastic" if is_stochastic(fields) else "nearest_even", *words)
 
 
@@ -446,7 +446,7 @@ def _multiply_and_cast(
     """The product cast to a format, and what that did to it if asked for."""
     out_format, rounding, saturate, codes, statistics, dtype, random_bits = cast
     written = written_dtype(dtype)
-    fields = declared(accumulator, operands.values, operands.left.device)
+    fields = checked(accumulator, operands.values, operands.left.device)
     how = (fields_of(out_format, None if codes else written), *mode_of(rounding, saturate, random_bits))
     seed, offset = words_of(operands.left, is_stochastic(fields) or rounding == "stochastic", *words)
     drawn = (seed, offset) if rounding == "stochastic" else (None, None)

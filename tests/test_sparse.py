@@ -257,6 +257,39 @@ def test_gradients_by_differences(features: str, device: torch.device) -> None:
     assert torch.autograd.gradgradcheck(product, (x, w))
 
 
+@pytest.mark.parametrize("features", sparse.ops.FEATURES)
+def test_transforms(features: str, device: torch.device) -> None:
+    """Samples side by side, gradients of each, and forward mode, over reverse too."""
+    layout, first = BlockLayout(MASKS["wide"].to(device), 8), int(features == "first")
+    w = numbers(*layout.weight_shape, dtype=torch.float64, device=device)
+    x = numbers(4, 3, layout.inputs, dtype=torch.float64, device=device)
+    x = x.transpose(1, 2).contiguous() if first else x
+    gate = torch.linspace(0, 2, layout.blocks, device=device)
+
+    def product(x: Tensor, w: Tensor, gate: Tensor | None = None) -> Tensor:
+        return sparse.matmul(x, w, layout, features=features, gate=gate)
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return product(x, w).square().sum()
+
+    close: Any = torch.testing.assert_close
+    close(torch.vmap(product, (0, None))(x, w), torch.stack([product(each, w) for each in x]))
+    y = product(x[0], w)
+    close(torch.vmap(product, (None, 0))(x[0], torch.stack([w, -w])), torch.stack([y, -y]))
+    each = torch.vmap(torch.func.grad(loss, (0, 1)), (0, None))(x, w)
+    for found, n in zip(each, (0, 1), strict=True):
+        close(found, torch.stack([torch.func.grad(loss, n)(one, w) for one in x]))
+    dx, dw, dgate = torch.randn_like(x[0]), torch.randn_like(w), torch.randn_like(gate)
+    y, dy = torch.func.jvp(product, (x[0], w), (dx, dw))
+    close((y, dy), (product(x[0], w), product(dx, w) + product(x[0], dw)))
+    _, dy = torch.func.jvp(lambda gate: product(x[0], w, gate), (gate,), (dgate,))
+    close(dy, product(x[0], w * dgate.double()[:, None, None]), rtol=1e-12, atol=1e-12)
+    hessian = torch.func.jvp(torch.func.grad(loss), (x[0], w), (dx, dw))[1]
+    step = 1e-6
+    both = [torch.func.grad(loss)(x[0] + sign * step * dx, w + sign * step * dw) for sign in (1, -1)]
+    close(hessian, (both[0] - both[1]) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
 # Gates.
 
 
@@ -639,6 +672,11 @@ def test_errors_of_products(device: torch.device) -> None:
             lambda: sparse.matmul(x, w, layout, gate=torch.ones(3, device=device)),
         ),
         (ValueError, "give an out_format", lambda: sparse.matmul(x, w, layout, statistics=True)),
+        (
+            TypeError,
+            "must be one of .* for hopper_fp16",
+            lambda: sparse.matmul(x.double(), w.double(), layout, accumulator="hopper_fp16"),
+        ),
         (ValueError, "backward must be", lambda: sparse.matmul(x, w, layout, backward=("fp32",) * 3)),  # type: ignore[arg-type]
         (ValueError, "at least one", lambda: sparse.weight_grad([], layout)),
         (ValueError, "same tokens", lambda: sparse.weight_grad([(x, torch.zeros(4, 56, device=device))], layout)),
@@ -655,6 +693,20 @@ def test_errors_of_products(device: torch.device) -> None:
     ]
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):
+            call()
+
+
+def test_tensor_cores_are_on_gpus() -> None:
+    layout = BlockLayout(MASKS["wide"], 8)
+    x, w = torch.zeros(5, 24).bfloat16(), layout.zeros(dtype=torch.bfloat16)
+    dy = torch.zeros(5, 56).bfloat16()
+    for call in (
+        lambda: sparse.matmul(x, w, layout, accumulator="tensor_core32"),
+        lambda: sparse.matmul(x, w, layout, backward="tensor_core32"),
+        lambda: sparse.matmul(x, w, layout, accumulator="tensor_core32", out_format="1-4-3"),
+        lambda: sparse.weight_grad([(x, dy)], layout, accumulator="tensor_core32"),
+    ):
+        with pytest.raises(ValueError, match="need a CUDA device"):
             call()
 
 
