@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lowprec.studies import data, engine
 from lowprec.studies.residual import model, training
-from lowprec.studies.residual.config import DENSE, MARGINS, QUICK, Arm, Config
+from lowprec.studies.residual.config import DENSE, FULL, MARGINS, QUICK, Arm, Config
 from lowprec.studies.residual.task import digits
 
 __all__ = ["QUESTION", "QUICK", "Config", "prepare", "run"]
@@ -45,9 +45,12 @@ def run(config: Config, folder: Path) -> None:
     """Run the arms that are not done, then write the results; shows both on the terminal."""
     console = Console(highlight=False)
     total = config.seeds * config.updates
+    slowest_first = sorted(
+        config.arms, key=lambda name: (Arm.parse(name).format == FULL, Arm.parse(name).pattern == DENSE)
+    )
     parts = [
         engine.Part(name, folder / "cells" / name, total, partial(training.run, config, Arm.parse(name)))
-        for name in config.arms
+        for name in slowest_first
     ]
     if engine.run_all(parts, config, console, "arms"):
         from lowprec.studies.residual import report  # not needed, and slow to load, in the processes of the arms
