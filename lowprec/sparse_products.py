@@ -15,8 +15,9 @@ from lowprec import _ops, blocksparse
 from lowprec.accumulate import AccumulatorLike, BackwardLike, is_stochastic
 from lowprec.accumulator import LEAVES
 from lowprec.bias import Rule
+from lowprec.block_tables import Tables
 from lowprec.blocked import factor, finish, gradient_roles, pair, term
-from lowprec.blocksparse import Tables, apply_product, declared, flatten, gradients, unflatten
+from lowprec.blocksparse import apply_product, declared, flatten, gradients, unflatten
 from lowprec.cast import draw
 from lowprec.formats import BlockFormat
 from lowprec.policy import ROLES

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowprec.blocksparse import Tables, apply_product, apply_update, declared, tables_of
+from lowprec.block_tables import Tables, tables_of
+from lowprec.blocksparse import apply_product, apply_update, declared
 from lowprec.eager_sparse import carrier_of, columns_of
 
 BLOCKS = (8, 16, 32, 64)

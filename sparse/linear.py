@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 
 from lowprec.accumulate import AccumulatorLike
 from lowprec.accumulator import Accumulator
-from lowprec.blocksparse import Tables, matmul
+from lowprec.block_tables import Tables
+from lowprec.blocksparse import matmul
 from lowprec.modes import is_narrowed
 from lowprec.sparse.layout import BlockLayout
 from lowprec.sparse.ops import is_first, require_features

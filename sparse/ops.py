@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lowprec import _ops, blocksparse
 from lowprec.accumulate import AccumulatorLike, BackwardLike, is_stochastic, round_to
-from lowprec.blocksparse import Tables, checked
+from lowprec.block_tables import Tables
+from lowprec.blocksparse import checked
 from lowprec.cast import FormatLike, draw, fields_of, mode_of, names_of, require_float
 from lowprec.eager import CONTAINERS
 from lowprec.fused_matmul import cast_product, require_no_cast, words_of, written_dtype

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowprec.accumulator import Accumulator
 from lowprec.adapt import new_state
-from lowprec.blocksparse import Tables, tables_of
+from lowprec.block_tables import Tables, tables_of
 from lowprec.formats import format as lookup
 from lowprec.rounding import Rounding
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each layer may import those above it, never one beside or below it; a package may import itself. "" is
 # lowprec/__init__.py. A new module takes its place here.
 LAYERS = (
-    {"formats", "modes", "rounding", "straight_through"},
+    {"block_tables", "formats", "modes", "rounding", "straight_through"},
     {"accumulator", "reference", "eager", "packing", "windows"},
     {"eager_accumulate", "eager_fused", "eager_hopper", "eager_statistics"}
     | {"reference_accumulate", "reference_block", "reference_hopper"},

@@ -16,7 +16,7 @@ from torch import Tensor
 from lowprec import _ops
 from lowprec.accumulate import tree
 from lowprec.accumulator import Accumulator
-from lowprec.blocksparse import Tables, tables_of
+from lowprec.block_tables import Tables, tables_of
 from lowprec.formats import format as lookup
 from tests.test_accumulate_cuda import KINDS, numbers, same, seeds
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowprec import _ops, eager_sparse
 from lowprec.accumulator import Accumulator
-from lowprec.blocksparse import Tables
+from lowprec.block_tables import Tables
 from lowprec.eager_sparse import Operand
 from lowprec.formats import float_format
 from lowprec.sparse import BlockLayout

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lowprec as lp
 from lowprec import _ops
-from lowprec.blocksparse import Tables, part_blocks, product_plan, tables_of
+from lowprec.block_tables import Tables, part_blocks, product_plan, tables_of
 from lowprec.formats import FloatFormat
 
 BLOCKS = (8, 16, 32, 64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowprec.blocksparse import UPDATE_TILES, update_plan
+from lowprec.block_tables import UPDATE_TILES, update_plan
 
 SHAPES = [((1, 1), 1.0), ((5, 3), 0.5), ((40, 33), 0.2), ((70, 90), 0.05), ((48, 48), 1.0), ((200, 1), 0.7)]
 

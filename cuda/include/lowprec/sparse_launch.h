@@ -8,7 +8,7 @@
 
 namespace lowprec {
 
-/// Blocks beyond which a column comes in parts, where that is worth a second kernel. lowprec/blocksparse.py plans by
+/// Blocks beyond which a column comes in parts, where that is worth a second kernel. lowprec/block_tables.py plans by
 /// the same number.
 inline int64_t sparse_part_blocks(int64_t outputs, int64_t blocks, int64_t block) {
   const int64_t columns = std::max<int64_t>(outputs, 400);

@@ -12,7 +12,7 @@ constexpr int kUpdateWarps = 8;
 constexpr int kUpdateThreads = 32 * kUpdateWarps;
 constexpr int kUpdateChunk = 64;  // tokens between places where sums may be split
 
-/// Weight blocks of a tile, by features of a block: `UPDATE_TILES` of lowprec/blocksparse.py.
+/// Weight blocks of a tile, by features of a block: `UPDATE_TILES` of lowprec/block_tables.py.
 LOWPREC_INLINE constexpr int update_tile(int block) { return block == 8 ? 160 : 4096 / (block * block) * 4; }
 
 /// One operand of one pair; strides in elements.
