@@ -153,7 +153,7 @@ def test_gradients_are_such_products() -> None:
 
 def test_tensor_cores_need_a_gpu() -> None:
     x = torch.ones(4, 4, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"tensor_core.*CUDA device.*hopper_fp16 and hopper_fp8.*got a on cpu"):
+    with pytest.raises(ValueError, match=r"tensor_core.*CUDA device.*hopper_fp16 and hopper_fp8.*got operands on cpu"):
         lp.matmul(x, x, "tensor_core64")
     with pytest.raises(RuntimeError, match="tensor_core"):
         _ops.tensor_core_matmul(x[None], x[None], Accumulator.parse("tensor_core64").fields, None, None)
