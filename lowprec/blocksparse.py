@@ -25,7 +25,7 @@ from lowprec.accumulate import (
 from lowprec.block_tables import Tables
 from lowprec.cast import QuickApply, draw
 from lowprec.eager import container_of
-from lowprec.eager_sparse import carrier_of
+from lowprec.eager_sparse import by_gates, carrier_of
 from lowprec.modes import announced, narrowed
 
 # Products.
@@ -229,13 +229,7 @@ def gradients(
         return apply_update(*pair, gate, *how, w.dtype), None
     sums = apply_update(*pair, None, *how, carrier_of(w))
     dgate = (sums * w.to(sums.dtype)).sum((1, 2)).to(gate.dtype)
-    return close(sums, gate).to(w.dtype), dgate
-
-
-def close(sums: Tensor, gate: Tensor) -> Tensor:
-    """An update under gates: nothing where one is closed."""
-    factor = gate.to(sums.dtype)[:, None, None]
-    return (sums * factor).masked_fill(factor == 0, 0)
+    return by_gates(sums, gate).to(w.dtype), dgate
 
 
 def _words(fields: list[int], x: Tensor, words: Any, given: bool, further: int) -> tuple[Tensor | None, Tensor | None]:

@@ -90,10 +90,15 @@ def by_blocks(x: Tensor, block: int, first: bool) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1] // block, block).transpose(0, 1)
 
 
+def by_gates(blocks: Tensor, gate: Tensor) -> Tensor:
+    """Blocks [n, b, b] times their gates [n], rounded to their dtype; zeros, whatever they held, where it is 0."""
+    return (blocks * gate.to(blocks.dtype)[:, None, None]).masked_fill(gate[:, None, None] == 0, 0)
+
+
 def gated(x: Tensor, w: Tensor, gate: Tensor | None, first: bool, transpose: bool) -> Gated:
     """The operands of fprop, or if `transpose` of bprop."""
     if gate is not None:
-        w = (w * gate.to(w.dtype)[:, None, None]).masked_fill(gate[:, None, None] == 0, 0)
+        w = by_gates(w, gate)
     closed = None if gate is None else gate == 0
     return Gated(by_blocks(x, w.shape[-1], first), w.transpose(1, 2) if transpose else w, closed)
 
@@ -208,12 +213,8 @@ def _updates(
     for start in range(0, count, size):
         some = slice(start, min(start + size, count))
         i, j = where[some].unbind(1)
-        gates = None if gate is None else gate[some, None, None]
+        gates = None if gate is None else gate[some]
         yield some, left[i].transpose(1, 2), right[j], gates
-
-
-def _close(sums: Tensor, gate: Tensor | None) -> Tensor:
-    return sums if gate is None else (sums * gate.to(sums.dtype)).masked_fill(gate == 0, 0)
 
 
 def weight_grad(
@@ -224,7 +225,8 @@ def weight_grad(
     carrier = carrier_of(left)
     dw = left.new_zeros((count, block, block), dtype=carrier)
     for some, a, b, gates in _updates(left, right, table, count, gate):
-        dw[some] = _close(torch.bmm(a.to(carrier), b.to(carrier)), gates)
+        sums = torch.bmm(a.to(carrier), b.to(carrier))
+        dw[some] = sums if gates is None else by_gates(sums, gates)
     return dw
 
 
@@ -246,5 +248,6 @@ def weight_grad_accumulate(
     index = torch.arange(dw.numel(), device=dw.device).view(dw.shape)
     for some, a, b, gates in _updates(left, right, table, count, gate):
         places = Places(index[some], accumulator.roundings(left.shape[1]))
-        dw[some] = _close(product(a, b, accumulator, places, seed, offset), gates)
+        sums = product(a, b, accumulator, places, seed, offset)
+        dw[some] = sums if gates is None else by_gates(sums, gates)
     return dw

@@ -12,6 +12,7 @@ from lowprec.accumulate import AccumulatorLike
 from lowprec.accumulator import Accumulator
 from lowprec.block_tables import Tables
 from lowprec.blocksparse import matmul
+from lowprec.eager_sparse import by_gates
 from lowprec.modes import is_narrowed
 from lowprec.sparse.layout import BlockLayout
 from lowprec.sparse.ops import is_first, require_features
@@ -230,8 +231,7 @@ class Linear(nn.Module):
         """The weights as a dense matrix [inputs, outputs]."""
         weight = self.weight
         if self.gate is not None:
-            gate = self.gate.float()[:, None, None]
-            weight = (weight * gate.to(weight.dtype)).masked_fill(gate == 0, 0)
+            weight = by_gates(weight, self.gate.float())
         return self.layout.to_dense(weight)
 
     def extra_repr(self) -> str:

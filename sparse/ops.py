@@ -435,10 +435,14 @@ def _sums(
     dtype: torch.dtype,
 ) -> Tensor:
     """The product in two dimensions, not differentiable."""
-    x, w, formats, gate, tables, first, _, _ = operands
+    return blocksparse.product(*_where(operands, transpose), fields, *drawn, *operands.formats, dtype)
+
+
+def _where(operands: _Operands, transpose: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, bool, bool]:
+    """What every op of a product takes first, without a graph."""
+    x, w, _, gate, tables, first, _, _ = operands
     table, outputs = tables.direction(transpose)
-    where = (x.detach(), w.detach(), table, None if gate is None else gate.detach(), outputs, first, transpose)
-    return blocksparse.product(*where, fields, *drawn, *formats, dtype)
+    return x.detach(), w.detach(), table, None if gate is None else gate.detach(), outputs, first, transpose
 
 
 def _multiply_and_cast(
@@ -456,10 +460,8 @@ def _multiply_and_cast(
         y = _sums(operands, transpose, fields, (seed, further), operands.carrier)
         result = cast_product(y, (*how, *drawn, random_bits), codes, statistics, written)
     else:
-        x, w, formats, gate, tables, first, _, _ = operands
-        table, outputs = tables.direction(transpose)
-        where = (x.detach(), w.detach(), table, gate, outputs, first, transpose)
-        result = _ops.sparse_matmul_cast(*where, *formats, *how, *drawn, random_bits, codes, written)
+        where = (*_where(operands, transpose), *operands.formats)
+        result = _ops.sparse_matmul_cast(*where, *how, *drawn, random_bits, codes, written)
     if statistics:
         return blocksparse.unflatten(result[0], operands.rest, operands.first), result[1]
     return blocksparse.unflatten(result, operands.rest, operands.first)

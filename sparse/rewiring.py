@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lowprec.blocksparse import flatten
 from lowprec.optim import LowPrecision
 from lowprec.sparse.growth import REDUCTIONS, best, carry, energies, gradient_scores
 from lowprec.sparse.layout import BlockLayout
@@ -254,9 +255,9 @@ class _Site:
 
 def _tokens(layer: Linear, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """A pair as [tokens, features]."""
-    if layer.features == "first":
-        return x.flatten(1).T if x.dim() > 1 else x[None], dy.flatten(1).T if dy.dim() > 1 else dy[None]
-    return x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    first = layer.features == "first"
+    (x, _), (dy, _) = flatten(x, first), flatten(dy, first)
+    return (x.T, dy.T) if first else (x, dy)
 
 
 def _sites(model: nn.Module | Mapping[str, Linear] | Iterable[Linear]) -> Iterator[_Site]:
