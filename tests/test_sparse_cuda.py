@@ -113,6 +113,7 @@ def test_values(block: int, transpose: bool, first: bool) -> None:
             check(layer, 72, first, transpose, None, dtype)
 
 
+@pytest.mark.sanitize
 @gpu
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("transpose", [False, True])
@@ -128,6 +129,7 @@ def test_codes(block: int, transpose: bool, first: bool) -> None:
     check(Layer((5, 6), block, torch.bfloat16), 65, first, transpose, "1-4-3:emax=8", torch.bfloat16)
 
 
+@pytest.mark.sanitize
 @gpu
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
@@ -142,6 +144,7 @@ def test_long_columns(block: int, transpose: bool) -> None:
         check(layer, 300, first, transpose, None, torch.bfloat16)
 
 
+@pytest.mark.sanitize
 @gpu
 @pytest.mark.parametrize("block", BLOCKS)
 def test_any_strides(block: int) -> None:
@@ -197,6 +200,7 @@ def test_wide_values(dtype: torch.dtype, first: bool) -> None:
             )
 
 
+@pytest.mark.sanitize
 @gpu
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
