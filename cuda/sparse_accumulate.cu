@@ -148,6 +148,15 @@ bool has_aligned_rows(const Tensor& x) {
          reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
 }
 
+/// What pads rows is multiplied by nothing, but the last copy of 16 bytes takes it along.
+void clear_ends(const Tensor& rows, int64_t columns) {
+  const int64_t pitch = rows.size(1);
+  if (rows.size(0) == 0 || columns == pitch) return;
+  const auto size = static_cast<int64_t>(rows.element_size());
+  auto* ends = static_cast<char*>(rows.mutable_data_ptr()) + columns * size;
+  check_cuda(cudaMemset2DAsync(ends, pitch * size, 0, (pitch - columns) * size, rows.size(0), current_stream(rows)));
+}
+
 /// Tokens and features of all tensors one after the other: [N, C], or [C, N] if features come first, in a form, with
 /// rows that begin at multiples of 16 bytes. The tensor itself where it is that.
 Tensor features_in(const Tensors& tensors, const MaybeFormat& format, const OperandForm& form, bool first) {
@@ -160,6 +169,7 @@ Tensor features_in(const Tensors& tensors, const MaybeFormat& format, const Oper
   for (const Tensor& x : tensors) tokens += x.size(first);
   const int64_t features = one.size(!first), rows = first ? features : tokens, columns = first ? tokens : features;
   const Tensor room = empty(one, {rows, (columns + 7) / 8 * 8}, form.dtype());
+  clear_ends(room, columns);
   int64_t done = 0;
   for (const Tensor& x : tensors) {
     prepare({x, format}, form, nullptr, torch::stable::narrow(const_cast<Tensor&>(room), first, done, x.size(first)));
