@@ -27,6 +27,7 @@ TINY = {
     "width": "64",
     "block": "8",
     "density": "0.3",
+    "enter": "balanced_random",
     "layers": "2",
     "window": "4",
     "embedding": "4",
@@ -78,6 +79,8 @@ def test_arms_are_named_by_what_they_are(name: str, parts: tuple[str, str, bool]
         ({"arms": "fp32-dense,fp32-dense"}, "arms must be distinct"),
         ({"cells": "fp8-dense"}, "cells must be among fp32-dense"),
         ({"width": "60"}, "width must be a multiple of the block, 8"),
+        ({"enter": "ring"}, "enter must be one of .*watts_strogatz.*got 'ring'"),
+        ({"window": "3"}, "block must be such that it divides the 12 features"),
         ({"share": "0"}, "share must be above 0"),
         ({"until": "1.5"}, "until must be above 0 and at most 1"),
         ({"seeds": "0"}, "seeds must be above 0"),
@@ -154,17 +157,19 @@ def test_digits_are_held_out_and_disturbed() -> None:
 # Nets.
 
 
+@pytest.mark.parametrize("enter", ["dense", "balanced_random"])
 @pytest.mark.parametrize("pattern", ["watts_strogatz", "block_diagonal"])
-def test_nets_are_of_equal_size(pattern: str, tiny: dict[str, str]) -> None:
-    config = config_of(tiny, arms=("fp32-dense", f"fp32-{pattern}"), cells=())
+def test_nets_are_of_equal_size(pattern: str, enter: str, tiny: dict[str, str]) -> None:
+    config = config_of(tiny, arms=("fp32-dense", f"fp32-{pattern}"), cells=(), enter=enter)
     text = task.Text(config, 0, torch.device("cpu"))
     nets = [model.build(config, Arm("fp32", name, False), text, 0) for name in ("dense", pattern)]
     dense, blocks = (sum(p.numel() for p in net.parameters()) for net in nets)
-    width = nets[0].enter.out_features
+    width, entering = nets[0].width, nets[1].enter.weight.numel()
     assert (dense, blocks) == (
         model.parameters(config, text, width, width**2),
-        model.parameters(config, text, 64, nets[1].hidden[0].weight.numel()),
+        model.parameters(config, text, 64, nets[1].hidden[0].weight.numel(), entering),
     )
+    assert (entering == text.features * 64) == (enter == "dense")
     assert blocks <= dense
     assert model.parameters(config, text, width - 1, (width - 1) ** 2) < blocks
 
@@ -298,6 +303,7 @@ def test_learning_moves_blocks_and_keeps_their_number(finished: Path) -> None:
     before, after = masks[ARMS[1]]["before"], masks[ARMS[1]]["after"]
     assert before == after == masks[ARMS[2]]["before"]
     learned = masks[ARMS[2]]["after"]
+    assert len(before) == 1 + 2
     assert learned != before
     assert ["".join(layer).count("1") for layer in learned] == ["".join(layer).count("1") for layer in before]
     assert all(net["moved"] == 0 for net in nets[ARMS[1]])
@@ -335,7 +341,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(finished: Path, tiny: dict[st
 @pytest.mark.gpu
 @pytest.mark.parametrize("arm", ["fp32-dense", ARMS[2], "fp8-watts_strogatz-learned"])
 def test_a_captured_update_is_the_update(arm: str, tiny: dict[str, str]) -> None:
-    config = config_of(tiny, device="cuda", block=32, width=256)
+    config = config_of(tiny, device="cuda", block=32, width=256, embedding=16, enter="balanced_random")
     training.set_up(torch.device("cuda"))
     runs = [
         training.Run(replace(config, graph=graph), Arm.parse(arm), 0, torch.device("cuda")) for graph in (False, True)

@@ -17,6 +17,9 @@ LEARNED = "learned"
 DIGITS = "digits"
 """The data that are not a file of bytes."""
 
+PIXELS = 64
+"""Of a digit."""
+
 MARGINS = {True: 1.0, False: 0.02}
 """Within which two arms count as equal: percentage points of error on digits; bits per character on text."""
 
@@ -76,6 +79,7 @@ class Config:
     width: int = setting(160, "features of the sparse nets; the dense net's follow from equal parameters")
     block: int = setting(8, "features of a block along each side")
     density: float = setting(0.1, "share of blocks that are present")
+    enter: str = setting(DENSE, "pattern of blocks, of that density too, of what comes into sparse nets; or dense")
     layers: int = setting(10, "hidden layers")
     window: int = setting(16, "symbols from which the next one is predicted, in text")
     embedding: int = setting(32, "features of a symbol")
@@ -109,6 +113,10 @@ class Config:
         for name in ("density", "share", "until"):
             require(0 < getattr(self, name) <= 1, name, "above 0 and at most 1", getattr(self, name))
         require(self.width % self.block == 0, "width", f"a multiple of the block, {self.block}", self.width)
+        known = self.enter.partition(":")[0] in patterns.NAMES
+        require(known, "enter", f"one of {', '.join(patterns.NAMES)}", self.enter)
+        whole = self.enter == DENSE or self.features % self.block == 0
+        require(whole, "block", f"such that it divides the {self.features} features that come in", self.block)
         require(len(self.split) == 3 and min(self.split) > 0, "split", "three numbers above 0", self.split)
         require(len(set(self.arms)) == len(self.arms) > 0, "arms", "distinct, and one at least", self.arms)
         names = tuple(str(Arm.parse(arm)) for arm in self.arms)
@@ -118,6 +126,11 @@ class Config:
     @property
     def on_digits(self) -> bool:
         return self.data == DIGITS
+
+    @property
+    def features(self) -> int:
+        """That come in."""
+        return PIXELS if self.on_digits else self.window * self.embedding
 
     def rows(self, update: int) -> int:
         """Of the batch of an update, the same in every arm."""

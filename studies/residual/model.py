@@ -15,7 +15,7 @@ from lowprec.studies.residual.task import Task
 
 
 class Residual(nn.Module):
-    """Hidden layers are dense, or block sparse; projections are dense.
+    """Hidden layers are dense, or block sparse, as is the projection of what comes in; the last projection is dense.
 
     Weights begin normal: of projections with variance 1 / fan-in, of hidden layers with 2 / (fan-in · layers), the
     fan-in of an output being what reaches it, so that dense and sparse nets begin with features of one size.
@@ -25,6 +25,7 @@ class Residual(nn.Module):
         embedding: features of a symbol, where rows are symbols.
         width: hidden features.
         layers: how many hidden layers, where they are dense, or the layout of each.
+        enter: the layout of the first projection; None where that is dense.
         draws: where the weights come from.
     """
 
@@ -34,11 +35,13 @@ class Residual(nn.Module):
         embedding: int,
         width: int,
         layers: int | Sequence[sparse.BlockLayout],
+        enter: sparse.BlockLayout | None = None,
         draws: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        self.width = width
         self.embedding = nn.Embedding(task.symbols, embedding) if task.symbols else None
-        self.enter = nn.Linear(task.features, width)
+        self.enter = nn.Linear(task.features, width) if enter is None else sparse.Linear(enter)
         if isinstance(layers, int):
             self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         else:
@@ -54,7 +57,7 @@ class Residual(nn.Module):
         for linear in (self.enter, *self.hidden, self.leave):
             assert isinstance(linear, nn.Linear | sparse.Linear)
             linear.weight.normal_(generator=draws)
-            linear.weight.mul_(_deviation(linear, len(self.hidden)))
+            linear.weight.mul_(_deviation(linear, 1 if linear in (self.enter, self.leave) else 2 / len(self.hidden)))
             linear.bias.zero_()  # type: ignore[union-attr]
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -66,21 +69,21 @@ class Residual(nn.Module):
         return logits
 
 
-def _deviation(linear: nn.Linear | sparse.Linear, layers: int) -> Tensor | float:
-    """Of the initial weights; for sparse ones [blocks, 1, 1]."""
+def _deviation(linear: nn.Linear | sparse.Linear, variance: float) -> Tensor | float:
+    """Of initial weights whose outputs shall have a variance; for sparse ones [blocks, 1, 1]."""
     if isinstance(linear, sparse.Linear):
         fan_in = linear.layout.mask.sum(0) * linear.layout.block
-        return (2 / (fan_in.clamp(min=1) * layers)).sqrt()[linear.layout.coordinates[:, 1]][:, None, None]
-    hidden = linear.in_features == linear.out_features
-    return math.sqrt(2 / (linear.in_features * layers) if hidden else 1 / linear.in_features)
+        return (variance / fan_in.clamp(min=1)).sqrt()[linear.layout.coordinates[:, 1]][:, None, None]
+    return math.sqrt(variance / linear.in_features)
 
 
 def build(config: Config, arm: Arm, task: Task, seed: int) -> Residual:
     """The net of an arm and seed, on the CPU. Arms of one seed and pattern begin alike."""
     draws = torch.Generator().manual_seed(seed)
     if arm.pattern == DENSE:
-        return Residual(task, config.embedding, dense_width(config, task), config.layers, draws)
-    return Residual(task, config.embedding, config.width, layouts(config, arm.pattern, seed), draws)
+        return Residual(task, config.embedding, dense_width(config, task), config.layers, None, draws)
+    hidden, enter = layouts(config, arm.pattern, seed), entrance(config, seed)
+    return Residual(task, config.embedding, config.width, hidden, enter, draws)
 
 
 def layouts(config: Config, pattern: str, seed: int) -> list[sparse.BlockLayout]:
@@ -93,16 +96,27 @@ def layouts(config: Config, pattern: str, seed: int) -> list[sparse.BlockLayout]
     return [sparse.BlockLayout(mask, config.block) for mask in masks]
 
 
+def entrance(config: Config, seed: int) -> sparse.BlockLayout | None:
+    """That of the first projection of sparse nets; None where it is dense."""
+    if config.enter == DENSE:
+        return None
+    inputs = config.features // config.block
+    mask = sparse.patterns.build(config.enter, inputs, config.blocks, config.density, seed)
+    return sparse.BlockLayout(mask, config.block)
+
+
 def dense_width(config: Config, task: Task) -> int:
     """The least width at which a dense net has as many parameters as any sparse one: it is never the smaller."""
     patterns = {Arm.parse(name).pattern for name in config.arms} - {DENSE}
     budget = sparse.patterns.budget(config.blocks, config.blocks, config.density)
     blocks = max((layouts(config, pattern, 0)[0].blocks for pattern in patterns), default=budget)  # groups may differ
-    wanted = parameters(config, task, config.width, blocks * config.block**2)
+    enter = entrance(config, 0)
+    entering = enter.blocks * config.block**2 if enter else None
+    wanted = parameters(config, task, config.width, blocks * config.block**2, entering)
     return next(width for width in range(1, wanted) if parameters(config, task, width, width**2) >= wanted)
 
 
-def parameters(config: Config, task: Task, width: int, weights: int) -> int:
-    """How many a net has, `weights` of them in the weight of each hidden layer."""
-    projections = (task.features + 1) * width + (width + 1) * task.classes
+def parameters(config: Config, task: Task, width: int, weights: int, entering: int | None = None) -> int:
+    """How many a net has: `weights` in each hidden layer's weight; in the first projection's `entering`, or all."""
+    projections = (task.features * width if entering is None else entering) + width + (width + 1) * task.classes
     return task.symbols * config.embedding + projections + config.layers * (weights + 3 * width) + 2 * width

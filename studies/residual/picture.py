@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 
 from lowprec.chart import COLOURS, GREY, INK, style
 from lowprec.studies.regression import Interval
-from lowprec.studies.residual.config import Arm
+from lowprec.studies.residual.config import DENSE, Arm
 from lowprec.studies.residual.summary import Summary
 
 MASK_COLOURS = ("#FFFFFF", "#8C8C8C", COLOURS[1], COLOURS[0])
@@ -118,18 +118,20 @@ def draw_masks(summary: Summary) -> bytes | None:
     arms = [name for name in summary.config.arms if Arm.parse(name).learned]
     if not arms:
         return None
-    layers = summary.config.layers
+    names = [f"layer {i + 1}" for i in range(summary.config.layers)]
+    if summary.config.enter != DENSE:
+        names.insert(0, "enter")
     with style():
-        figure = Figure(figsize=(1.15 * layers + 0.6, 2.85 * len(arms) + 0.6), layout="constrained")
+        figure = Figure(figsize=(1.15 * len(names) + 0.6, 2.85 * len(arms) + 0.6), layout="constrained")
         parts = figure.subfigures(len(arms), 1, squeeze=False)[:, 0]
         for part, arm in zip(parts, arms, strict=True):
             part.suptitle(arm, x=0.01, ha="left", fontsize=10, fontweight="bold")
-            above, below = part.subplots(2, layers, squeeze=False)
-            _mask_rows(above, below, summary.nets(arm)[0]["masks"])
-        names = ("absent", "there before and after", "dropped", "grown")
+            above, below = part.subplots(2, len(names), squeeze=False)
+            _mask_rows(above, below, summary.nets(arm)[0]["masks"], names)
+        kinds = ("absent", "there before and after", "dropped", "grown")
         handles = [
             Patch(facecolor=colour, edgecolor=GREY, label=name)
-            for colour, name in zip(MASK_COLOURS, names, strict=True)
+            for colour, name in zip(MASK_COLOURS, kinds, strict=True)
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
         file = io.BytesIO()
@@ -137,10 +139,12 @@ def draw_masks(summary: Summary) -> bytes | None:
         return file.getvalue()
 
 
-def _mask_rows(above: Sequence[Axes], below: Sequence[Axes], masks: dict[str, list[list[str]]]) -> None:
+def _mask_rows(
+    above: Sequence[Axes], below: Sequence[Axes], masks: dict[str, list[list[str]]], names: Sequence[str]
+) -> None:
     for layer, (first, last) in enumerate(zip(masks["before"], masks["after"], strict=True)):
         before, after = (np.array([[int(bit) for bit in row] for row in mask]) for mask in (first, last))
-        _mask(above[layer], before + (before & ~after & 1), f"layer {layer + 1}")
+        _mask(above[layer], before + (before & ~after & 1), names[layer])
         _mask(below[layer], after + 2 * (after & ~before & 1), "")
     above[0].set_ylabel("before", fontsize=9)
     below[0].set_ylabel("after", fontsize=9)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowprec.studies import data
-from lowprec.studies.residual.config import Config
+from lowprec.studies.residual.config import PIXELS, Config
 
 HELD = 600
 """Images that a seed holds out of scikit-learn's 1797."""
@@ -73,7 +73,7 @@ def digits() -> Batch:
 class Digits:
     """Images moved by a pixel or so under normal noise, drawn anew for each batch."""
 
-    classes, symbols, features = 10, 0, SIDE * SIDE
+    classes, symbols, features = 10, 0, PIXELS
 
     def __init__(self, config: Config, seed: int, device: torch.device) -> None:
         self.config, self.seed, self.device = config, seed, device
@@ -113,7 +113,7 @@ class Text:
         self.config, self.seed = config, seed
         self.train, self.test = corpus.train.to(device), corpus.test.to(device)
         self.classes = self.symbols = len(corpus.symbols)
-        self.features = config.window * config.embedding
+        self.features = config.features
         self.places = torch.arange(config.window + 1, device=device)
 
     def batch(self, update: int, rows: int) -> Batch:

@@ -175,12 +175,12 @@ class Run:
     def result(self) -> record.Json:
         """Scores and sizes at the end."""
         clean = {"clean": self.score(self.task.clean())["error"]} if self.config.on_digits else {}
-        sizes = {"parameters": sum(p.numel() for p in self.net.parameters()), "width": self.net.enter.out_features}
+        sizes = {"parameters": sum(p.numel() for p in self.net.parameters()), "width": self.net.width}
         more = {"moved": self.moved, "device": record.device_name(self.device)}
         return sizes | self.score(self.task.held()) | clean | more
 
 
 def masks(net: nn.Module) -> list[list[str]]:
-    """The mask of each hidden layer as rows of 0 and 1; none of a dense net."""
+    """The mask of each sparse layer as rows of 0 and 1; none of a dense net."""
     layers = [layer.layout.mask.tolist() for layer in net.modules() if isinstance(layer, sparse.Linear)]
     return [["".join(str(int(present)) for present in row) for row in mask] for mask in layers]
