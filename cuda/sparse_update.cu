@@ -141,7 +141,8 @@ void launch_tiles(const Update& call, UpdateCall update) {
   using Tile = UpdateTile<kSide, kFirst, kHalf>;
   const int head = Tile::head, most = attribute(call.out, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int room = attribute(call.out, cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 1024;  // for two at a time
-  const int least = head + 16 * (2 * (2 * update_tile(update.block) * update.block) + 16);
+  const int stage = 16 * (2 * (2 * update_tile(update.block) * update.block) + 16);
+  const int least = head + std::max(stage, Tile::board);
   const int bytes = std::min(most, std::max(room, least));
   STD_TORCH_CHECK(bytes >= least, "the device has too little shared memory for the update of blocks of ", call.block);
   update.stage_bytes = bytes - head;

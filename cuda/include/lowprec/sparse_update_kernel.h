@@ -75,8 +75,6 @@ struct UpdateCursor {
 
 /// e4m3fn with its own bias, by the device's conversion.
 struct NativeCodes {
-  static constexpr int batch = 2;
-
   LOWPREC_DEVICE uint4 operator()(uint2 codes) const {
     return {
         codes::e4m3_to_half(static_cast<uint16_t>(codes.x)), codes::e4m3_to_half(static_cast<uint16_t>(codes.x >> 16)),
@@ -121,6 +119,32 @@ LOWPREC_DEVICE void load_matrices(uint32_t (&x)[2], uint32_t at) {
   }
 }
 
+/// Write four matrices of 8 by 8: of each a lane gives where a row of 16 bytes lies, and has two numbers of another.
+LOWPREC_DEVICE void store_matrices(uint32_t at, uint4 x) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+#else
+  const uint32_t values[4] = {x.x, x.y, x.z, x.w};
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t to = __shfl_sync(~0u, at, 8 * i + lane / 4) + lane % 4 * 4;
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(values[i]) : "memory");
+  }
+#endif
+}
+
+LOWPREC_DEVICE uint4 load_granule(uint32_t at) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(at)
+               : "memory");
+  return x;
+}
+
 template <bool kHalf>
 LOWPREC_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (kHalf) {
@@ -155,9 +179,13 @@ class UpdateTile {
   using Fragment = UpdateFragment<kSide>;
 
  public:
-  /// Shared memory besides the stages: where fragments find their operands in a stage, which weights they are, and the
-  /// tile's inputs and outputs.
-  static constexpr int head = (Fragment::of_tile * 24 + 2 * update_tile(kSide) * 4 + 127) / 128 * 128;
+  /// Shared memory besides the stages: where fragments find their operands in a stage, which weights they are, the
+  /// tile's inputs and outputs, and their columns. A block of 64 has more columns, but a tile fewer.
+  static constexpr int most_columns = update_tile(kSide) * kSide / 4;
+  static constexpr int head =
+      (Fragment::of_tile * 24 + most_columns * static_cast<int>(sizeof(UpdateColumn)) + 2 * update_tile(kSide) * 4 +
+       127) / 128 * 128;
+  static constexpr int board = kUpdateWarps * 4096;  // what sums are written by way of
 
   LOWPREC_DEVICE UpdateTile(const UpdateCall& call, const UpdateCodes<kHalf>& codes, unsigned char* shared)
       : call_(call),
@@ -170,13 +198,16 @@ class UpdateTile {
         log_block_(call.log_block),
         places_(reinterpret_cast<uint4*>(shared)),
         weights_(reinterpret_cast<int2*>(shared + Fragment::of_tile * 16)),
-        slots_(reinterpret_cast<int*>(shared + Fragment::of_tile * 24)),
+        columns_(reinterpret_cast<UpdateColumn*>(shared + Fragment::of_tile * 24)),
+        slots_(reinterpret_cast<int*>(columns_ + most_columns)),
         base_(shared_address(shared) + head),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32) {}
 
   LOWPREC_DEVICE void run() {
     // Without regard to how many there are, so that nothing waits for that.
+    int4 planned = planned_fragment(0);
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2 * call_.tile; i += kUpdateThreads) {
       slots_[i] = __ldg(i < call_.tile ? plan_.rows + i : plan_.columns + i - call_.tile);
     }
@@ -185,7 +216,10 @@ class UpdateTile {
     end_ = to == call_.chunks ? UpdateCursor{call_.pairs, 0} : UpdateCursor::at(call_, to);
     choose_stages(to - from);
     const int fragments = fragment_count_ << log_quarters();
-    for (int first = 0; first < fragments; first += Fragment::of_tile) pass(first, fragments);
+    for (int first = 0; first < fragments; first += Fragment::of_tile) {
+      if (first > 0) planned = planned_fragment(first);
+      pass(first, fragments, planned);
+    }
   }
 
  private:
@@ -202,9 +236,9 @@ class UpdateTile {
   LOWPREC_DEVICE uint32_t stage(int i) const { return base_ + i * stage_.bytes(); }
 
   /// One pass over the tokens, for as many fragments as registers hold.
-  LOWPREC_DEVICE void pass(int first, int fragments) {
+  LOWPREC_DEVICE void pass(int first, int fragments, int4 planned) {
     __syncthreads();
-    place_fragments(first, fragments);
+    place_fragment(planned, first, fragments);
     const int count = max(min(fragments - first, Fragment::of_tile) - warp_ + kUpdateWarps - 1, 0) / kUpdateWarps;
     float sum[Fragment::held][Fragment::down][Fragment::across][4] = {};
     __syncthreads();
@@ -223,25 +257,59 @@ class UpdateTile {
       cursor.advance(call_, stage_.tokens);
     }
     wait_for_copies(0);
-    store(count, sum);
+    if (!packs(call_.out)) {
+      store(count, sum);
+    } else if (call_.out.kind == UpdateOutput::float16) {
+      store_packed<true>(count, sum);
+    } else {
+      store_packed<false>(count, sum);
+    }
   }
 
   /// A block of 64 has four fragments.
   LOWPREC_DEVICE int log_quarters() const { return call_.block > kSide ? 2 : 0; }
 
+  /// A thread's fragment of a pass as the plan has it, or any other. To be read at once: a compiler would rather wait.
+  LOWPREC_DEVICE int4 planned_fragment(int first) const {
+    const int number = min((first + static_cast<int>(threadIdx.x)) >> log_quarters(), call_.tile - 1);
+    const int* const of = plan_.fragments + 4 * number;
+    int4 planned;
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(planned.x) : "l"(of));
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(planned.y) : "l"(of + 1));
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(planned.z) : "l"(of + 2));
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(planned.w) : "l"(of + 3));
+    return planned;
+  }
+
   /// Where the fragments of a pass find their operands. Places that are left over point anywhere within.
-  LOWPREC_DEVICE void place_fragments(int first, int fragments) const {
-    for (int i = threadIdx.x; i < Fragment::of_tile; i += kUpdateThreads) {
-      const int part = call_.block > kSide ? i & 3 : 0, number = min((first + i) >> log_quarters(), call_.tile - 1);
-      const int* of = plan_.fragments + 4 * number;
-      const int rows = __ldg(of), columns = __ldg(of + 1), weight = __ldg(of + 2), second_weight = __ldg(of + 3);
-      const int column = (columns + row_count_) * call_.block + kSide * (part & 1);
-      const int row = (rows & 0xffff) * call_.block + kSide * (part >> 1);
-      const int second = kSide == 8 ? (rows >> 16) * call_.block : row;
-      const bool any = first + i < fragments;
-      places_[i] = any ? uint4{stage_.at(0, row), stage_.at(0, column), stage_.at(0, second), stage_.at(0, column)}
-                       : uint4{0, 0, 0, 0};
-      weights_[i] = {weight, second_weight};
+  LOWPREC_DEVICE void place_fragment(int4 planned, int first, int fragments) const {
+    static_assert(Fragment::of_tile <= kUpdateThreads);
+    const int i = threadIdx.x, part = call_.block > kSide ? i & 3 : 0;
+    if (i >= Fragment::of_tile) return;
+    const int column = (planned.y + row_count_) * call_.block + kSide * (part & 1);
+    const int row = (planned.x & 0xffff) * call_.block + kSide * (part >> 1);
+    const int second = kSide == 8 ? (planned.x >> 16) * call_.block : row;
+    const bool any = first + i < fragments;
+    places_[i] = any ? uint4{stage_.at(0, row), stage_.at(0, column), stage_.at(0, second), stage_.at(0, column)}
+                     : uint4{0, 0, 0, 0};
+    weights_[i] = {planned.z, planned.w};
+  }
+
+  /// Columns of x, of x and dy.
+  LOWPREC_DEVICE int left_columns() const { return row_count_ << (log_block_ - 3); }
+  LOWPREC_DEVICE int columns() const { return (row_count_ + column_count_) << (log_block_ - 3); }
+
+  /// Find out where the columns of a pair begin.
+  LOWPREC_DEVICE void find_columns(const UpdatePair& pair) const {
+    const int left = left_columns(), all = columns();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < all; i += kUpdateThreads) {
+      const bool right = i >= left;
+      const int own = right ? i - left : i, block = slots_[(right ? call_.tile : 0) + (own >> (log_block_ - 3))];
+      const int feature = (block << log_block_) + (8 * own & ((1 << log_block_) - 1));
+      const int64_t at = feature * (right ? pair.dy : pair.x).feature;
+      const char* const data = static_cast<const char*>((right ? pair.dy : pair.x).data);
+      columns_[i] = {data + (at << !codes_.codes[right]), (right ? pair.dy : pair.x).stride};
     }
   }
 
@@ -249,45 +317,56 @@ class UpdateTile {
   LOWPREC_DEVICE void copy(UpdateCursor& ahead, int to) {
     if (ahead != end_) {
       const UpdatePair& pair = call_.pair[ahead.pair];
-      const int valid = ahead.left(call_, stage_.tokens);
-#pragma unroll 1
-      for (int side = 0; side < 2; ++side) copy_operand(side, side ? pair.dy : pair.x, ahead.token, valid, stage(to));
+      if (ahead.pair != pair_) {
+        __syncthreads();
+        find_columns(pair);
+        pair_ = ahead.pair;
+        __syncthreads();
+      }
+      copy_columns(pair, ahead.token, ahead.left(call_, stage_.tokens), stage(to));
       ahead.advance(call_, stage_.tokens);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
 
-  /// The blocks of x or of dy.
-  LOWPREC_DEVICE UpdateSlots slots(int side) const {
-    return {slots_ + (side ? call_.tile : 0), side ? column_count_ : row_count_, side ? row_count_ << log_block_ : 0,
-            log_block_};
+  /// Whether both operands' codes are converted by the device's instruction.
+  LOWPREC_DEVICE bool both_native() const {
+    return codes_.codes[0] && codes_.codes[1] && codes_.read[0].is_native() && codes_.read[1].is_native();
   }
 
-  LOWPREC_DEVICE void copy_operand(int side, const UpdateOperand& operand, int token, int valid, uint32_t to) const {
-    const int tokens = (valid + 15) & ~15, stride = operand.stride;
-    const char* const data = static_cast<const char*>(operand.data);
-    if (stride == 0) {
-      for_granules(stage_, to, slots(side), tokens, CopyElements<kFirst>{operand, token, valid, codes_.codes[side]});
-    } else if (codes_.codes[side]) {
-      const char* const first = data + (kFirst ? token : static_cast<int64_t>(token) * stride);
-      for_granules(stage_, to, slots(side), tokens, CopyGranules<kFirst, 8>{first, stride, valid});
-    } else {
-      const char* const first = data + (kFirst ? 2 * token : static_cast<int64_t>(token) * stride);
-      for_granules(stage_, to, slots(side), tokens, CopyGranules<kFirst, 16>{first, stride, valid});
+  /// Both operands at once where they are alike.
+  LOWPREC_DEVICE void copy_columns(const UpdatePair& pair, int token, int valid, uint32_t to) const {
+    const int tokens = (valid + 15) & ~15, all = columns();
+    const bool alike = codes_.codes[0] == codes_.codes[1] && pair.x.stride != 0 && pair.dy.stride != 0;
+#pragma unroll 1
+    for (int begin = 0; begin < all;) {
+      const int side = begin > 0, end = side || alike ? all : left_columns();
+      const UpdateOperand& operand = side ? pair.dy : pair.x;
+      if (operand.stride == 0) {
+        for_granules(stage_, to, begin, end, tokens,
+                     CopyElements<kFirst>{columns_, operand, token, valid, codes_.codes[side]});
+      } else if (codes_.codes[side]) {
+        for_granules(stage_, to, begin, end, tokens, CopyGranules<kFirst, 8>{columns_, token, valid});
+      } else {
+        for_granules(stage_, to, begin, end, tokens, CopyGranules<kFirst, 16>{columns_, token, valid});
+      }
+      begin = end;
     }
   }
 
   /// Make values of the codes that this thread has copied.
   LOWPREC_DEVICE void decode(uint32_t at, int valid) const {
     const int tokens = (valid + 15) & ~15;
+    if (both_native()) return for_granules(stage_, at, 0, columns(), tokens, DecodeGranules<NativeCodes>{NativeCodes{}});
 #pragma unroll 1
     for (int side = 0; side < 2; ++side) {
       if (!codes_.codes[side]) continue;
+      const int begin = side ? left_columns() : 0, end = side ? columns() : left_columns();
       const CodeReader<kHalf>& read = codes_.read[side];
       if (read.is_native()) {
-        for_granules(stage_, at, slots(side), tokens, DecodeGranules<NativeCodes>{NativeCodes{}});
+        for_granules(stage_, at, begin, end, tokens, DecodeGranules<NativeCodes>{NativeCodes{}});
       } else {
-        for_granules(stage_, at, slots(side), tokens, DecodeGranules<CodeReader<kHalf>>{read});
+        for_granules(stage_, at, begin, end, tokens, DecodeGranules<CodeReader<kHalf>>{read});
       }
     }
   }
@@ -375,6 +454,61 @@ class UpdateTile {
     }
   }
 
+  /// Whether sums are written as 16-bit values, and nothing else is done to them.
+  LOWPREC_DEVICE static bool packs(const UpdateOutput& out) {
+    return !out.sums && !out.gate && out.beta == 0 && out.kind != UpdateOutput::float32;
+  }
+
+  /// Two sums of a lane's that are neighbours: the i-th such of four that are written together.
+  template <bool kHalfOut, class Sums>
+  static LOWPREC_DEVICE uint32_t packed(const Sums& sum, int round, int i) {
+    const float* const two = kSide == 32   ? sum[round / 4][round % 4 / 2][i] + round % 2 * 2
+                             : kSide == 16 ? sum[round][0][i % 2] + i / 2 * 2
+                                           : sum[2 * round + i / 2][0][0] + i % 2 * 2;
+    return pack<kHalfOut>(two[0], two[1]);
+  }
+
+  /// Write such sums by way of shared memory, where the stages were, so that a lane writes 16 bytes. A warp has 512
+  /// bytes of rows in a round: 8 by 32, a fragment of 16 by 16, or two of 16 by 8. Granules of a row are exchanged.
+  template <bool kHalfOut, class Sums>
+  LOWPREC_DEVICE void store_packed(int count, const Sums& sum) const {
+    constexpr int log_wide = kSide / 16;                           // granules of a row
+    constexpr int rounds = 8, of_fragment = kSide == 32 ? 4 : 1;   // rounds of one
+      static_assert(Fragment::held * Fragment::down * Fragment::across * 4 == rounds * 8);
+    const int used = kSide == 8 ? (count + 1) / 2 : count * of_fragment;
+    const uint32_t board = base_ + 512 * rounds * warp_;
+    const int matrix = lane_ / 8, row = (kSide == 32 ? 0 : kSide == 16 ? matrix / 2 * 8 : matrix * 8) + lane_ % 8;
+    const uint32_t to = board + granule(row, kSide == 32 ? matrix : matrix % 2);
+#pragma unroll
+    for (int i = 0; i < rounds; ++i) {
+      if (i >= used) break;
+      store_matrices(to + 512 * i, {packed<kHalfOut>(sum, i, 0), packed<kHalfOut>(sum, i, 1),
+                                    packed<kHalfOut>(sum, i, 2), packed<kHalfOut>(sum, i, 3)});
+    }
+    __syncwarp();
+    const int part = call_.block > kSide ? warp_ % 4 : 0, own = lane_ >> log_wide, column = lane_ & ((1 << log_wide) - 1);
+    const uint32_t from = board + granule(own, column);
+    auto* const out = static_cast<uint16_t*>(call_.out.data) + (kSide * (part >> 1) + own % kSide << log_block_) +
+                      kSide * (part & 1) + 8 * column;
+#pragma unroll
+    for (int i = 0; i < rounds; ++i) {
+      if (i >= used) break;
+      const int fragment = kSide == 8 ? 2 * i + lane_ / 16 : i / of_fragment;
+      const int2 weights = weights_[kUpdateWarps * fragment + warp_];
+      const int weight = kSide == 8 && lane_ & 8 ? weights.y : weights.x;
+      const uint4 value = load_granule(from + 512 * i);
+      if (kSide == 8 && (fragment >= count || weight < 0)) continue;
+      const int64_t origin = (static_cast<int64_t>(weight) << 2 * log_block_) + (i % of_fragment * 8 << log_block_);
+      *reinterpret_cast<uint4*>(out + origin) = value;
+    }
+  }
+
+  /// Where a granule of a round lies: so that eight rows of one column, or one after the other, share no bank.
+  static LOWPREC_DEVICE uint32_t granule(int row, int column) {
+    if constexpr (kSide == 8) return row << 4;
+    return kSide == 32 ? (row << 6) + ((column ^ (row >> 1 & 3)) << 4) : (row << 5) + ((column ^ (row >> 2 & 1)) << 4);
+  }
+
   /// Neighbouring lanes exchange pairs of two instructions, so that each has four elements of a row.
   static LOWPREC_DEVICE float4 exchange(const float* even, const float* other, bool odd) {
     const float x = __shfl_xor_sync(~0u, odd ? even[0] : other[0], 1);
@@ -393,8 +527,10 @@ class UpdateTile {
   int log_block_;
   uint4* places_;
   int2* weights_;
+  UpdateColumn* columns_;
   int* slots_;
   uint32_t base_;
+  int pair_ = -1;  // whose columns these are
   int warp_;
   int lane_;
   UpdateCursor begin_;
