@@ -136,9 +136,9 @@ int parts_of(const Update& call, int chunks) {
   return static_cast<int>(std::max<int64_t>(std::min<int64_t>(wanted, chunks / 4), 1));
 }
 
-template <int kSide, bool kFirst, bool kHalf>
+template <int kSide, bool kFirst, bool kHalf, bool kBytes = false>
 void launch_tiles(const Update& call, UpdateCall update) {
-  using Tile = UpdateTile<kSide, kFirst, kHalf>;
+  using Tile = UpdateTile<kSide, kFirst, kHalf, kBytes>;
   const int head = Tile::head, most = attribute(call.out, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int room = attribute(call.out, cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 1024;  // for two at a time
   const int stage = 16 * (2 * (2 * update_tile(update.block) * update.block) + 16);
@@ -146,16 +146,39 @@ void launch_tiles(const Update& call, UpdateCall update) {
   const int bytes = std::min(most, std::max(room, least));
   STD_TORCH_CHECK(bytes >= least, "the device has too little shared memory for the update of blocks of ", call.block);
   update.stage_bytes = bytes - head;
-  const auto kernel = update_kernel<kSide, kFirst, kHalf>;
+  const auto kernel = update_kernel<kSide, kFirst, kHalf, kBytes>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   const dim3 grid(static_cast<unsigned>(update.tiles), static_cast<unsigned>(update.parts));
   kernel<<<grid, kUpdateThreads, static_cast<size_t>(bytes), current_stream(call.out)>>>(update, codes_of<kHalf>(call));
   check_cuda(cudaGetLastError());
 }
 
+/// Whether codes stay bytes until they are in registers: e4m3fn and e5m2 in rows of 16 bytes. Before sm_90 tensor cores
+/// add 8 terms at a time, so that their order would change what is lost.
+bool takes_bytes(const Update& call) {
+  if (call.x_format.empty() || call.dy_format.empty() || call.block == 8) return false;
+  const auto simple = [](const Ints& fields) {
+    const CodeReader<true> reader(read_format(fields));
+    return reader.is_float16_top || reader.is_own_e4m3();
+  };
+  const auto whole = [](const Tensor& x) {
+    return quick_stride(x) != 0 && quick_stride(x) % 16 == 0 &&
+           reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  };
+  return simple(call.x_format) && simple(call.dy_format) && std::all_of(call.x.begin(), call.x.end(), whole) &&
+         std::all_of(call.dy.begin(), call.dy.end(), whole) &&
+         attribute(call.out, cudaDevAttrComputeCapabilityMajor) >= 9;
+}
+
 template <int kSide>
 void launch_side(const Update& call, const UpdateCall& update) {
   const bool half = carrier_of(call) == Carrier::float16;
+  if constexpr (kSide > 8) {
+    if (takes_bytes(call)) {
+      return call.first ? launch_tiles<kSide, true, true, true>(call, update)
+                        : launch_tiles<kSide, false, true, true>(call, update);
+    }
+  }
   if (call.first)
     return half ? launch_tiles<kSide, true, true>(call, update) : launch_tiles<kSide, true, false>(call, update);
   half ? launch_tiles<kSide, false, true>(call, update) : launch_tiles<kSide, false, false>(call, update);

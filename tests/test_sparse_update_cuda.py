@@ -206,6 +206,32 @@ def test_codes(fmt: str) -> None:
         assert torch.equal(found.isfinite(), ~special)
 
 
+@pytest.mark.parametrize(("block", "features"), EACH)
+def test_codes_wherever_they_lie(block: int, features: str) -> None:
+    """In rows of 16 bytes they stay bytes until they are in registers, in others they do not: the same bits."""
+    layout = layout_of(block)
+    gate = torch.linspace(-1, 1, layout.blocks, device=CUDA)
+
+    def at(codes: Tensor, place: int) -> Tensor:
+        wide = codes.new_full((len(codes), (codes.shape[1] + 31) // 16 * 16), 0x3C)
+        view = wide[:, place : place + codes.shape[1]]
+        view.copy_(codes)
+        return view
+
+    for x_format, dy_format in itertools.product(("e4m3fn", "e5m2"), repeat=2):
+        tokens = (16, 80, 200, 31)
+        wide = [pair_of(layout, n, features, torch.float32, n) for n in tokens]
+        pairs = [(lp.encode(x, x_format), lp.encode(dy, dy_format)) for x, dy in wide]
+        how = {"features": features, "x_format": x_format, "dy_format": dy_format}
+        for result, factor in itertools.product(RESULTS, (None, gate)):
+            aligned, beside, apart = (
+                sparse.weight_grad([(f(x), f(dy)) for x, dy in pairs], layout, gate=factor, dtype=result, **how)
+                for f in (lambda t: at(t, 0), lambda t: at(t, 8), lambda t: t.T.contiguous().T)
+            )
+            assert_bits_equal(aligned, beside)
+            assert_bits_equal(aligned, apart)
+
+
 def test_strided_codes() -> None:
     for features in FEATURES:
         layout = layout_of(8)

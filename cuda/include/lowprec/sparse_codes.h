@@ -116,12 +116,15 @@ struct CodeReader {
     is_float16_top = direct && format.ebits == 5 && format.mbits == 2 && format.bias == 15 && ieee && format.subnormals;
   }
 
+  /// Whether these are codes of e4m3fn with its own bias.
+  LOWPREC_INLINE bool is_own_e4m3() const { return is_e4m3 && e4m3_scale == codes::power_of_two<Float16>(0); }
+
 #ifdef __CUDACC__
 
   /// Whether the device converts these codes as they are.
   LOWPREC_DEVICE bool is_native() const {
 #if __CUDA_ARCH__ >= 890
-    return kHalf && is_e4m3 && e4m3_scale == codes::power_of_two<Float16>(0);
+    return kHalf && is_own_e4m3();
 #else
     return false;
 #endif

@@ -173,18 +173,34 @@ LOWPREC_DEVICE void wait_for_copies(int pending) {
   }
 }
 
-/// A thread block's work on a tile.
-template <int kSide, bool kFirst, bool kHalf>
+/// Four codes to a word as float16, two to a word: the lower two and the upper two, or those at even and at odd places.
+/// They are e5m2, which is float16's upper byte, or e4m3fn.
+template <bool kE5m2, bool kAlternate>
+LOWPREC_DEVICE uint2 read_codes(uint32_t word) {
+  if constexpr (kE5m2) {
+    return {__byte_perm(word, 0, kAlternate ? 0x2404 : 0x1404),
+            kAlternate ? word & 0xff00ff00u : __byte_perm(word, 0, 0x3424)};
+  }
+  if constexpr (kAlternate) word = __byte_perm(word, 0, 0x3120);
+  return {codes::e4m3_to_half(static_cast<uint16_t>(word)), codes::e4m3_to_half(static_cast<uint16_t>(word >> 16))};
+}
+
+/// A thread block's work on a tile. With kBytes both operands are codes of e4m3fn or e5m2 and stay so in shared memory.
+template <int kSide, bool kFirst, bool kHalf, bool kBytes>
 class UpdateTile {
   using Fragment = UpdateFragment<kSide>;
+  using Stage = UpdateStage<kFirst, kBytes>;
+  static_assert(!kBytes || (kHalf && kSide > 8));
+  /// Whether the instructions' rows and columns take features in pairs: ldmatrix turns bytes by twos.
+  static constexpr bool paired = kBytes && !kFirst;
 
  public:
   /// Shared memory besides the stages: where fragments find their operands in a stage, which weights they are, the
-  /// tile's inputs and outputs, and their columns. A block of 64 has more columns, but a tile fewer.
+  /// tile's inputs and outputs, and their columns, as many as blocks of kSide have: larger ones have fewer.
   static constexpr int most_columns = update_tile(kSide) * kSide / 4;
-  static constexpr int head =
-      (Fragment::of_tile * 24 + most_columns * static_cast<int>(sizeof(UpdateColumn)) + 2 * update_tile(kSide) * 4 +
-       127) / 128 * 128;
+  static constexpr int head = (Fragment::of_tile * 24 + most_columns * static_cast<int>(sizeof(UpdateColumn)) +
+                               2 * update_tile(kSide) * 4 + 127) /
+                              128 * 128;
   static constexpr int board = kUpdateWarps * 4096;  // what sums are written by way of
 
   LOWPREC_DEVICE UpdateTile(const UpdateCall& call, const UpdateCodes<kHalf>& codes, unsigned char* shared)
@@ -226,7 +242,7 @@ class UpdateTile {
   /// The longest stages of which two fit, or one that takes all there is.
   LOWPREC_DEVICE void choose_stages(int chunks) {
     for (int tokens = kUpdateChunk; tokens >= 16; tokens /= 2) {
-      stage_ = UpdateStage<kFirst>(tokens, (row_count_ + column_count_) << log_block_);
+      stage_ = Stage(tokens, (row_count_ + column_count_) << log_block_);
       const int bytes = stage_.bytes(), room = call_.stage_bytes;
       stages_ = (bytes <= room) + (2 * bytes <= room) + (3 * bytes <= room) + (4 * bytes <= room);
       if (stages_ >= 2 || (stages_ == 1 && chunks == 1 && tokens == kUpdateChunk)) return;
@@ -250,9 +266,13 @@ class UpdateTile {
       if (copied < stages_) continue;
       const int valid = cursor.left(call_, stage_.tokens);
       wait_for_copies(stages_ - 1);
-      decode(stage(at), valid);
+      if constexpr (!kBytes) decode(stage(at), valid);
       __syncthreads();
-      multiply(stage(at), (valid + 15) / 16, count, sum);
+      if constexpr (kBytes) {
+        multiply_formats(stage(at), (valid + 15) / 16, count, sum);
+      } else {
+        multiply(stage(at), (valid + 15) / 16, count, sum);
+      }
       __syncthreads();
       cursor.advance(call_, stage_.tokens);
     }
@@ -296,8 +316,8 @@ class UpdateTile {
   }
 
   /// Columns of x, of x and dy.
-  LOWPREC_DEVICE int left_columns() const { return row_count_ << (log_block_ - 3); }
-  LOWPREC_DEVICE int columns() const { return (row_count_ + column_count_) << (log_block_ - 3); }
+  LOWPREC_DEVICE int left_columns() const { return row_count_ << (log_block_ - Stage::log_each); }
+  LOWPREC_DEVICE int columns() const { return (row_count_ + column_count_) << (log_block_ - Stage::log_each); }
 
   /// Find out where the columns of a pair begin.
   LOWPREC_DEVICE void find_columns(const UpdatePair& pair) const {
@@ -305,8 +325,9 @@ class UpdateTile {
 #pragma unroll 1
     for (int i = threadIdx.x; i < all; i += kUpdateThreads) {
       const bool right = i >= left;
-      const int own = right ? i - left : i, block = slots_[(right ? call_.tile : 0) + (own >> (log_block_ - 3))];
-      const int feature = (block << log_block_) + (8 * own & ((1 << log_block_) - 1));
+      const int own = right ? i - left : i, slot = own >> (log_block_ - Stage::log_each);
+      const int block = slots_[(right ? call_.tile : 0) + slot];
+      const int feature = (block << log_block_) + ((own << Stage::log_each) & ((1 << log_block_) - 1));
       const int64_t at = feature * (right ? pair.dy : pair.x).feature;
       const char* const data = static_cast<const char*>((right ? pair.dy : pair.x).data);
       columns_[i] = {data + (at << !codes_.codes[right]), (right ? pair.dy : pair.x).stride};
@@ -337,6 +358,9 @@ class UpdateTile {
   /// Both operands at once where they are alike.
   LOWPREC_DEVICE void copy_columns(const UpdatePair& pair, int token, int valid, uint32_t to) const {
     const int tokens = (valid + 15) & ~15, all = columns();
+    if constexpr (kBytes) {
+      return for_granules(stage_, to, 0, all, tokens, CopyGranules<kFirst, 1, 16>{columns_, token, valid});
+    }
     const bool alike = codes_.codes[0] == codes_.codes[1] && pair.x.stride != 0 && pair.dy.stride != 0;
 #pragma unroll 1
     for (int begin = 0; begin < all;) {
@@ -346,9 +370,9 @@ class UpdateTile {
         for_granules(stage_, to, begin, end, tokens,
                      CopyElements<kFirst>{columns_, operand, token, valid, codes_.codes[side]});
       } else if (codes_.codes[side]) {
-        for_granules(stage_, to, begin, end, tokens, CopyGranules<kFirst, 8>{columns_, token, valid});
+        for_granules(stage_, to, begin, end, tokens, CopyGranules<kFirst, 1, 8>{columns_, token, valid});
       } else {
-        for_granules(stage_, to, begin, end, tokens, CopyGranules<kFirst, 16>{columns_, token, valid});
+        for_granules(stage_, to, begin, end, tokens, CopyGranules<kFirst, 2, 16>{columns_, token, valid});
       }
       begin = end;
     }
@@ -357,7 +381,8 @@ class UpdateTile {
   /// Make values of the codes that this thread has copied.
   LOWPREC_DEVICE void decode(uint32_t at, int valid) const {
     const int tokens = (valid + 15) & ~15;
-    if (both_native()) return for_granules(stage_, at, 0, columns(), tokens, DecodeGranules<NativeCodes>{NativeCodes{}});
+    if (both_native())
+      return for_granules(stage_, at, 0, columns(), tokens, DecodeGranules<NativeCodes>{NativeCodes{}});
 #pragma unroll 1
     for (int side = 0; side < 2; ++side) {
       if (!codes_.codes[side]) continue;
@@ -401,6 +426,68 @@ class UpdateTile {
     }
   }
 
+  /// Add the products of a stage of codes, decoded in the registers into which ldmatrix reads four a lane. With
+  /// features first these are neighbouring tokens, and both operands' terms are in that order; else two tokens of two
+  /// features.
+  template <bool kLeftE5m2, bool kRightE5m2, class Sums>
+  LOWPREC_DEVICE void multiply_codes(uint32_t base, int steps, int count, Sums& sum) const {
+    constexpr int down = 2 * Fragment::down, across = Fragment::across;  // words of either operand
+    const int pitch = stage_.pitch(), swizzle = kFirst ? stage_.swizzle(lane_ & 7) : 0;
+    const uint32_t row = base + (kFirst && kSide == 32 ? lane_ : lane_ & 15) * pitch;
+    const uint32_t places = shared_address(places_ + warp_) + (kSide == 32 ? 0 : lane_ / 16 * 4);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const uint32_t from =
+          kFirst ? row + ((step ^ swizzle) << 4) : row + step * 16 * pitch + (kSide == 32 ? lane_ / 16 * 16 : 0);
+#pragma unroll
+      for (int i = 0; i < Fragment::held; ++i) {
+        if (i % Fragment::together == 0 && i >= count) break;
+        const uint32_t place = places + 16 * kUpdateWarps * i;
+        uint32_t words[down + across];
+        if constexpr (kSide == 32) {
+          uint32_t x, y;
+          asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(place));
+          load_matrices<!kFirst>(*reinterpret_cast<uint32_t (*)[4]>(words), from + x);
+          load_matrices<!kFirst>(*reinterpret_cast<uint32_t (*)[4]>(words + down), from + y);
+        } else {
+          uint32_t own;  // the operand that this lane's half of the warp points to
+          asm volatile("ld.shared.b32 %0, [%1];" : "=r"(own) : "r"(place));
+          load_matrices<!kFirst>(words, from + own);
+        }
+        uint2 read[down + across];
+#pragma unroll
+        for (int n = 0; n < down; ++n) read[n] = read_codes<kLeftE5m2, !kFirst>(words[n]);
+#pragma unroll
+        for (int n = down; n < down + across; ++n) read[n] = read_codes<kRightE5m2, !kFirst>(words[n]);
+#pragma unroll
+        for (int m = 0; m < Fragment::down; ++m) {
+          const uint2 low = read[2 * m], high = read[2 * m + 1];
+          const uint32_t a[4] = {low.x, kFirst ? high.x : low.y, kFirst ? low.y : high.x, high.y};
+#pragma unroll
+          for (int n = 0; n < across; ++n) {
+            if constexpr (kFirst) {
+              multiply_add<true>(sum[i][m][n], a, read[down + n].x, read[down + n].y);
+            } else {
+              const uint2 early = read[down + n / 2 * 2], late = read[down + n / 2 * 2 + 1];  // tokens
+              multiply_add<true>(sum[i][m][n], a, n % 2 ? early.y : early.x, n % 2 ? late.y : late.x);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  /// The same with the formats as constants, so that nothing is asked in between.
+  template <class Sums>
+  LOWPREC_DEVICE void multiply_formats(uint32_t base, int steps, int count, Sums& sum) const {
+    if (codes_.read[0].is_float16_top) {
+      if (codes_.read[1].is_float16_top) return multiply_codes<true, true>(base, steps, count, sum);
+      return multiply_codes<true, false>(base, steps, count, sum);
+    }
+    if (codes_.read[1].is_float16_top) return multiply_codes<false, true>(base, steps, count, sum);
+    multiply_codes<false, false>(base, steps, count, sum);
+  }
+
   static LOWPREC_DEVICE void multiply_fragment(uint32_t left, uint32_t right, int beside,
                                                float (&sum)[Fragment::down][Fragment::across][4]) {
     uint32_t a[Fragment::down][4];
@@ -431,7 +518,8 @@ class UpdateTile {
     static_assert(Fragment::held * each % 4 == 0);
     const bool odd = lane_ & 1;
     const int part = call_.block > kSide ? warp_ % 4 : 0;
-    const int row = kSide * (part >> 1) + lane_ / 4, column = kSide * (part & 1) + 4 * (lane_ % 4 / 2);
+    const int row = kSide * (part >> 1) + (paired ? 2 : 1) * (lane_ / 4);
+    const int column = kSide * (part & 1) + 4 * (paired ? lane_ % 4 : lane_ % 4 / 2);
 #pragma unroll
     for (int begin = 0; begin < Fragment::held * each; begin += 4) {
       if (begin / each >= count) break;
@@ -443,12 +531,12 @@ class UpdateTile {
         const int m = q / Fragment::across, n = q / 2 * 2 % Fragment::across, h = q % 2;
         const float* const even = kSide == 8 ? of[0][0] : of[m][n] + 2 * h;
         const float* const other = kSide == 8 ? of[0][0] + 2 : of[m][n + 1] + 2 * h;
-        const int place = kSide == 8 ? 0 : (16 * m + 8 * h << log_block_) + 8 * (n + odd);
+        const int place = kSide == 8 ? 0 : (16 * m + (paired ? 1 : 8) * h << log_block_) + 8 * (n + (odd && !paired));
         const int2 weights = weights_[kUpdateWarps * fragment + warp_];
         const int weight = kSide < 32 && fragment >= count ? -1 : kSide == 8 && odd ? weights.y : weights.x;
         const int64_t origin = static_cast<int64_t>(weight) << 2 * log_block_;
         four[i] = {kSide == 32 || weight >= 0, weight, origin + ((row << log_block_) + column + place),
-                   exchange(even, other, odd)};
+                   paired ? float4{even[0], other[0], even[1], other[1]} : exchange(even, other, odd)};
       }
       write_fours(call_.out, four, blockIdx.y * (call_.weights << 2 * log_block_));
     }
@@ -472,21 +560,26 @@ class UpdateTile {
   /// bytes of rows in a round: 8 by 32, a fragment of 16 by 16, or two of 16 by 8. Granules of a row are exchanged.
   template <bool kHalfOut, class Sums>
   LOWPREC_DEVICE void store_packed(int count, const Sums& sum) const {
-    constexpr int log_wide = kSide / 16;                           // granules of a row
-    constexpr int rounds = 8, of_fragment = kSide == 32 ? 4 : 1;   // rounds of one
-      static_assert(Fragment::held * Fragment::down * Fragment::across * 4 == rounds * 8);
+    constexpr int log_wide = kSide / 16;                          // log2 of granules in a row
+    constexpr int rounds = 8, of_fragment = kSide == 32 ? 4 : 1;  // rounds of one
+    static_assert(Fragment::held * Fragment::down * Fragment::across * 4 == rounds * 8);
     const int used = kSide == 8 ? (count + 1) / 2 : count * of_fragment;
     const uint32_t board = base_ + 512 * rounds * warp_;
-    const int matrix = lane_ / 8, row = (kSide == 32 ? 0 : kSide == 16 ? matrix / 2 * 8 : matrix * 8) + lane_ % 8;
-    const uint32_t to = board + granule(row, kSide == 32 ? matrix : matrix % 2);
+    if constexpr (paired) {
+      lay_pairs<kHalfOut>(board, count, sum);
+    } else {
+      const int matrix = lane_ / 8, row = (kSide == 32 ? 0 : kSide == 16 ? matrix / 2 * 8 : matrix * 8) + lane_ % 8;
+      const uint32_t to = board + granule(row, kSide == 32 ? matrix : matrix % 2);
 #pragma unroll
-    for (int i = 0; i < rounds; ++i) {
-      if (i >= used) break;
-      store_matrices(to + 512 * i, {packed<kHalfOut>(sum, i, 0), packed<kHalfOut>(sum, i, 1),
-                                    packed<kHalfOut>(sum, i, 2), packed<kHalfOut>(sum, i, 3)});
+      for (int i = 0; i < rounds; ++i) {
+        if (i >= used) break;
+        store_matrices(to + 512 * i, {packed<kHalfOut>(sum, i, 0), packed<kHalfOut>(sum, i, 1),
+                                      packed<kHalfOut>(sum, i, 2), packed<kHalfOut>(sum, i, 3)});
+      }
     }
     __syncwarp();
-    const int part = call_.block > kSide ? warp_ % 4 : 0, own = lane_ >> log_wide, column = lane_ & ((1 << log_wide) - 1);
+    const int part = call_.block > kSide ? warp_ % 4 : 0;
+    const int own = lane_ >> log_wide, column = lane_ & ((1 << log_wide) - 1);
     const uint32_t from = board + granule(own, column);
     auto* const out = static_cast<uint16_t*>(call_.out.data) + (kSide * (part >> 1) + own % kSide << log_block_) +
                       kSide * (part & 1) + 8 * column;
@@ -495,11 +588,31 @@ class UpdateTile {
       if (i >= used) break;
       const int fragment = kSide == 8 ? 2 * i + lane_ / 16 : i / of_fragment;
       const int2 weights = weights_[kUpdateWarps * fragment + warp_];
-      const int weight = kSide == 8 && lane_ & 8 ? weights.y : weights.x;
+      const int weight = kSide == 8 && (lane_ & 8) ? weights.y : weights.x;
       const uint4 value = load_granule(from + 512 * i);
       if (kSide == 8 && (fragment >= count || weight < 0)) continue;
       const int64_t origin = (static_cast<int64_t>(weight) << 2 * log_block_) + (i % of_fragment * 8 << log_block_);
       *reinterpret_cast<uint4*>(out + origin) = value;
+    }
+  }
+
+  /// Where features are paired, a lane has four neighbours of a row.
+  template <bool kHalfOut, class Sums>
+  LOWPREC_DEVICE void lay_pairs(uint32_t board, int count, const Sums& sum) const {
+    constexpr int pitch = 2 * kSide;
+    const uint32_t to = board + granule(lane_ / 4 * 2, lane_ % 4 / 2) + lane_ % 2 * 8;
+#pragma unroll
+    for (int i = 0; i < Fragment::held; ++i) {
+      if (i >= count) break;
+#pragma unroll
+      for (int n = 0; n < Fragment::down * Fragment::across; ++n) {
+        const int m = n / Fragment::across, h = n % 2, column = n / 2 * 2 % Fragment::across;
+        const float* const even = sum[i][m][column] + 2 * h;
+        const float* const odd = sum[i][m][column + 1] + 2 * h;
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"((to ^ column << 4) + (i * kSide + 16 * m + h) * pitch),
+                     "r"(pack<kHalfOut>(even[0], odd[0])), "r"(pack<kHalfOut>(even[1], odd[1]))
+                     : "memory");
+      }
     }
   }
 
@@ -522,7 +635,7 @@ class UpdateTile {
   int row_count_;
   int column_count_;
   int fragment_count_;
-  UpdateStage<kFirst> stage_;
+  Stage stage_;
   int stages_ = 1;
   int log_block_;
   uint4* places_;
@@ -537,12 +650,12 @@ class UpdateTile {
   UpdateCursor end_;
 };
 
-template <int kSide, bool kFirst, bool kHalf>
+template <int kSide, bool kFirst, bool kHalf, bool kBytes>
 __global__ void __launch_bounds__(kUpdateThreads, 2)
     update_kernel(const __grid_constant__ UpdateCall call, const __grid_constant__ UpdateCodes<kHalf> codes) {
 #ifdef LOWPREC_UPDATE
   extern __shared__ __align__(128) unsigned char shared[];
-  UpdateTile<kSide, kFirst, kHalf>(call, codes, shared).run();
+  UpdateTile<kSide, kFirst, kHalf, kBytes>(call, codes, shared).run();
 #endif
 }
 

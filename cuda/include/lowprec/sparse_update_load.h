@@ -9,36 +9,36 @@
 
 namespace lowprec {
 
-/// Tokens of a stage by the features of a tile, in granules of 16 bytes. With features last a row is a token, and an
-/// odd number of granules keeps rows apart. With features first it is a feature, and granules are exchanged within it.
-template <bool kFirst>
+/// Tokens of a stage by the features of a tile, as 16-bit values or as bytes, in granules of 16 bytes. With features
+/// last a row is a token, and an odd number of granules keeps rows apart. With features first it is a feature, and
+/// granules are exchanged within it.
+template <bool kFirst, bool kBytes>
 struct UpdateStage {
+  static constexpr int log_each = kBytes ? 4 : 3;  // log2 of elements in a granule
+
   int tokens;    // 16, 32 or 64
   int features;  // of inputs and outputs
   int log_row;   // features first: log2 of granules in a row
 
   LOWPREC_DEVICE UpdateStage(int tokens, int features)
-      : tokens(tokens),
-        features(features),
-        log_row(tokens == 64   ? 3
-                : tokens == 32 ? 2
-                               : 1) {}
+      : tokens(tokens), features(features), log_row(6 - log_each - (tokens < 64) - (tokens < 32)) {}
 
   /// Bytes from row to row.
-  LOWPREC_DEVICE int pitch() const { return kFirst ? tokens * 2 : ((features / 8) | 1) * 16; }
+  LOWPREC_DEVICE int pitch() const { return 16 * (kFirst ? 1 << log_row : features >> log_each | 1); }
   LOWPREC_DEVICE int bytes() const { return kFirst ? features * pitch() : tokens * pitch(); }
 
   /// What granules of a feature's row are exchanged by: a mask of their place.
   LOWPREC_DEVICE int swizzle(int feature) const { return ((feature & 7) >> (3 - log_row)) & ((1 << log_row) - 1); }
 
-  /// Where the granule of a token and a feature begins, one of which is a multiple of 8.
+  /// Where the granule of a token and a feature begins, one of which is a multiple of its elements.
   LOWPREC_DEVICE uint32_t at(int token, int feature) const {
-    if constexpr (kFirst) return feature * pitch() + (((token >> 3) ^ swizzle(feature)) << 4);
-    return token * pitch() + (feature >> 3 << 4);
+    if constexpr (kFirst) return feature * pitch() + (((token >> log_each) ^ swizzle(feature)) << 4);
+    return token * pitch() + (feature >> log_each << 4);
   }
 };
 
-/// Eight features of a tile beside each other: where their numbers begin, and what is from row to row.
+/// As many features of a tile beside each other as a granule has: where their numbers begin, and what is from row to
+/// row.
 struct alignas(16) UpdateColumn {
   const char* data;  // of the first token
   int stride;        // bytes from token to token, or from feature to feature
@@ -47,20 +47,21 @@ struct alignas(16) UpdateColumn {
 /// Call visit(what visit.begin(column) gives, feature of the column, token, address) for the granules of columns from
 /// `begin` to `end` and of the first `tokens` tokens, a multiple of 16. The same thread visits a granule each time,
 /// whichever columns it is visited with; two at a time without a branch where rows are tokens.
-template <bool kFirst, class Visit>
-LOWPREC_DEVICE void for_granules(const UpdateStage<kFirst>& stage, uint32_t base, int begin, int end, int tokens,
-                                 const Visit& visit) {
+template <bool kFirst, bool kBytes, class Visit>
+LOWPREC_DEVICE void for_granules(const UpdateStage<kFirst, kBytes>& stage, uint32_t base, int begin, int end,
+                                 int tokens, const Visit& visit) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = stage.pitch();
   if constexpr (kFirst) {
-    const int rows = 32 >> stage.log_row, token = 8 * (lane & ((1 << stage.log_row) - 1));
+    constexpr int log_each = UpdateStage<kFirst, kBytes>::log_each, each = 1 << log_each;
+    const int rows = 32 >> stage.log_row, token = each * (lane & ((1 << stage.log_row) - 1));
     if (token >= tokens) return;
     const uint32_t step = kUpdateWarps * rows * pitch;
     const int own = warp * rows + (lane >> stage.log_row);
-    int feature = 8 * begin + ((own - 8 * begin) & (kUpdateWarps * rows - 1));
+    int feature = each * begin + ((own - each * begin) & (kUpdateWarps * rows - 1));
     uint32_t to = base + stage.at(token, feature);
 #pragma unroll 1
-    for (; feature < 8 * end; feature += kUpdateWarps * rows, to += step) {
-      visit(visit.begin(feature >> 3), feature & 7, token, to);
+    for (; feature < each * end; feature += kUpdateWarps * rows, to += step) {
+      visit(visit.begin(feature >> log_each), feature & (each - 1), token, to);
     }
   } else {
 #pragma unroll 1
@@ -82,12 +83,10 @@ LOWPREC_DEVICE void store_granule(uint32_t to, uint4 value) {
                : "memory");
 }
 
-/// Copies of granules of values, or into their lower halves of codes, that lie side by side: by the asynchronous
+/// Copies of granules of elements that lie side by side, or into the lower halves of granules: by the asynchronous
 /// copier.
-template <bool kFirst, int kBytes>
+template <bool kFirst, int kSize, int kBytes>
 struct CopyGranules {
-  static constexpr int size = kBytes / 8;  // of an element
-
   const UpdateColumn* columns;
   int first;  // token
   int valid;
@@ -95,10 +94,12 @@ struct CopyGranules {
   LOWPREC_DEVICE UpdateColumn begin(int column) const { return columns[column]; }
 
   LOWPREC_DEVICE void operator()(const UpdateColumn& column, int feature, int token, uint32_t to) const {
-    const char* const along = kFirst ? column.data + static_cast<int64_t>(first + token) * size : column.data;
+    const char* const along = kFirst ? column.data + static_cast<int64_t>(first + token) * kSize : column.data;
     uint64_t from;  // by one instruction: the compiler takes four
-    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(from) : "r"(kFirst ? feature : first + token), "r"(column.stride), "l"(along));
-    const int bytes = kFirst ? min(max(valid - token, 0) * size, kBytes) : token < valid ? kBytes : 0;
+    asm("mad.wide.s32 %0, %1, %2, %3;"
+        : "=l"(from)
+        : "r"(kFirst ? feature : first + token), "r"(column.stride), "l"(along));
+    const int bytes = kFirst ? min(max(valid - token, 0) * kSize, kBytes) : token < valid ? kBytes : 0;
     if constexpr (kBytes == 16) {
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
     } else {
