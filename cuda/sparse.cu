@@ -9,6 +9,7 @@
 #include "lowprec/launch.h"
 #include "lowprec/sparse_launch.h"
 #include "lowprec/sparse_plain.h"
+#include "lowprec/sparse_shares_launch.h"
 #include "lowprec/sparse_transpose.h"
 #include "lowprec/torch_stable.h"
 
@@ -41,6 +42,16 @@ struct Request {
   SparseParts parts() const {
     return {columns().of + 4 * outputs, static_cast<int>(sparse_parts(outputs, blocks(), block()))};
   }
+  /// And in equal shares of a product of codes.
+  SparseLine line() const {
+    const auto shares = reinterpret_cast<const SparseShare*>(parts().of + 4 * parts().count);
+    const auto tiles = static_cast<int>((tokens() + kSparseTokens - 1) / kSparseTokens);
+    return {offsets(), shares, static_cast<int>(outputs), tiles, sparse_shares(block()), sparse_slots(block())};
+  }
+  int64_t table_size() const {
+    const int64_t parts = sparse_parts(outputs, blocks(), block()), shares = sparse_shares(block()) + 1;
+    return outputs + 1 + 2 * blocks() + 4 * (outputs + parts + shares);
+  }
 };
 
 /// What is done with the sums.
@@ -64,8 +75,7 @@ void check_request(const Request& call) {
   STD_TORCH_CHECK(b == 8 || b == 16 || b == 32 || b == 64, "blocks have 8, 16, 32 or 64 features a side, got ", b);
   STD_TORCH_CHECK(call.x.size(call.first ? 0 : 1) % b == 0, "x must have whole blocks of features");
   STD_TORCH_CHECK(call.table.scalar_type() == ScalarType::Int && call.table.is_contiguous() &&
-                      call.table.numel() ==
-                          1 + 2 * call.blocks() + 5 * call.outputs + 4 * sparse_parts(call.outputs, call.blocks(), b),
+                      call.table.numel() == call.table_size(),
                   "the table is not one of these weights");
   check_same_place(call.x, call.w);
   check_same_place(call.x, call.table);
@@ -165,10 +175,22 @@ Output output_of(const Tensor& x, const Result& result, const Tensor& out) {
           narrow || result.format.has_value(), cast};
 }
 
+SparseOutput written(const Request& call, const Tensor& x, const Result& result, const Tensor& out) {
+  const bool direct = !result.format && !(call.first && call.tokens() % 4);
+  return {output_of(x, result, out), call.tokens(), call.features(), call.first, direct};
+}
+
 int attribute(const Tensor& x, cudaDeviceAttr which) {
   int value = 0;
   check_cuda(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
   return value;
+}
+
+/// The compute capability's first number.
+int major_of(const Tensor& x) {
+  const int major = attribute(x, cudaDevAttrComputeCapabilityMajor);
+  STD_TORCH_CHECK(major >= 8, "block-sparse products need a device of compute capability 8.0, this one has ", major);
+  return major;
 }
 
 /// Sums by tensor cores.
@@ -177,21 +199,19 @@ void multiply(const Request& call, const PairDecode& x_codes, const PairDecode& 
   const bool turns = !call.first && sparse_turns(call.block(), x_codes.way != Decoding::none);
   const Tensor x = turns ? turned(call.x) : rows_of(call.x, call.first), w = blocks_of(call.w);
   const int64_t tokens = call.tokens(), tiles = (tokens + kSparseTokens - 1) / kSparseTokens;
-  const int major = attribute(x, cudaDevAttrComputeCapabilityMajor);
-  STD_TORCH_CHECK(major >= 8, "block-sparse products need a device of compute capability 8.0, this one has ", major);
-  SparseCall kernel{
-      x.const_data_ptr(),
-      x.stride(0),
-      w.const_data_ptr(),
-      call.gate ? static_cast<const float*>(call.gate->const_data_ptr()) : nullptr,
-      call.pairs(),
-      call.columns(),
-      nullptr,
-      call.first || turns,
-      half,
-      x_codes,
-      w_codes,
-      {output_of(x, result, out), tokens, call.features(), call.first, !result.format && !(call.first && tokens % 4)}};
+  const int major = major_of(x);
+  SparseCall kernel{x.const_data_ptr(),
+                    x.stride(0),
+                    w.const_data_ptr(),
+                    call.gate ? static_cast<const float*>(call.gate->const_data_ptr()) : nullptr,
+                    call.pairs(),
+                    call.columns(),
+                    nullptr,
+                    call.first || turns,
+                    half,
+                    x_codes,
+                    w_codes,
+                    written(call, x, result, out)};
   Tensor partial;
   if (sparse_splits(tokens, call.block())) {
     kernel.parts = call.parts();
@@ -202,15 +222,43 @@ void multiply(const Request& call, const PairDecode& x_codes, const PairDecode& 
   check_cuda(launch_sparse(kernel, block, call.transpose, major >= 9, current_stream(x)));
 }
 
+/// Of codes by codes, by equal shares.
+void multiply_shares(const Request& call, const Format& x_format, const Format& w_format, const Result& result,
+                     const Tensor& out) {
+  const Tensor x = call.first ? rows_of(call.x, true) : turned(call.x), w = blocks_of(call.w);
+  const int major = major_of(x), memory = attribute(x, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const SparseLine line = call.line();
+  const Tensor partial = empty(x, {line.count, kSparseTokens * call.block()}, ScalarType::Float);
+  const Tensor flags = empty(x, {line.count}, ScalarType::Int);
+  const PairDecode x_codes = meeting_decode(x_format), w_codes = meeting_decode(w_format);
+  const SharesCall kernel{static_cast<const uint8_t*>(x.const_data_ptr()),
+                          x.stride(0),
+                          static_cast<const uint8_t*>(w.const_data_ptr()),
+                          call.pairs(),
+                          line,
+                          static_cast<float*>(partial.mutable_data_ptr()),
+                          static_cast<uint32_t*>(flags.mutable_data_ptr()),
+                          meeting_scale(x_format, x_codes.way) * meeting_scale(w_format, w_codes.way),
+                          0,
+                          x_codes,
+                          w_codes,
+                          written(call, x, result, out)};
+  const auto launch = call.block() == 8    ? launch_shares<8>
+                      : call.block() == 16 ? launch_shares<16>
+                      : call.block() == 32 ? launch_shares<32>
+                                           : launch_shares<64>;
+  check_cuda(launch(kernel, call.transpose, memory, major >= 9, current_stream(x)));
+}
+
 /// By tensor cores: in `dtype`, bfloat16 or float16.
 void multiply_narrow(Request call, const std::optional<Format>& x, const std::optional<Format>& w, ScalarType dtype,
                      const Result& result, const Tensor& out) {
-  // float16 has an instruction for e4m3fn, and products are the same; a gated weight is rounded into bfloat16.
-  const auto in_half = [](const std::optional<Format>& format) {
-    const Decoding way = format ? PairDecode(*format, true).way : Decoding::none;
-    return way == Decoding::e4m3_float16 || way == Decoding::e5m2_float16;
+  // As float16, whose products are the same numbers; but a gated weight is rounded into bfloat16.
+  const auto meets = [](const std::optional<Format>& format) {
+    return format && meeting_decode(*format).way != Decoding::none;
   };
-  const bool half = dtype == ScalarType::Half || (!call.gate && in_half(x) && in_half(w));
+  if (!call.gate && meets(x) && meets(w)) return multiply_shares(call, *x, *w, result, out);
+  const bool half = dtype == ScalarType::Half;
   const auto prepare = [&](Tensor& operand, const std::optional<Format>& format) {
     const PairDecode decode = format ? PairDecode(*format, half) : PairDecode();
     if (format && decode.way == Decoding::none) operand = decode_codes(operand, fields_of(*format), dtype);

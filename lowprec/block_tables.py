@@ -57,7 +57,9 @@ def _direction(lengths: Tensor, inputs: Tensor, weights: Tensor, block: int) -> 
     """The table of one direction from the blocks of each output, and its pairs."""
     start = lengths.new_zeros(1)
     pairs = torch.stack([inputs, weights], 1).flatten()
-    plan = product_plan(lengths, len(weights), block)
+    plan: tuple[Tensor, ...] = ()
+    if lengths.is_cuda:
+        plan = *product_plan(lengths, len(weights), block), share_plan(lengths, block)
     return torch.cat([start, lengths.cumsum(0), pairs, *(each.flatten() for each in plan)]).to(torch.int32)
 
 
@@ -108,6 +110,28 @@ def product_plan(lengths: Tensor, blocks: int, block: int) -> tuple[Tensor, Tens
     start = torch.minimum((row - ends[output] + count) * share, length)
     parts = [torch.where(there, output, -1), begins[output] + start, torch.minimum(share, length - start), count]
     return whole, torch.stack(parts, 1)
+
+
+SHARES = {8: (660, 16), 16: (528, 8), 32: (396, 2), 64: (264, 1)}
+"""For each size of blocks: the shares of a product of codes, and the blocks of a stage. The kernel knows these, too."""
+
+
+def share_plan(lengths: Tensor, block: int) -> Tensor:
+    """Where equal shares of a product of codes begin: rows of an output, and the first pairs of it and the next two.
+
+    An output costs a stage beside its own blocks. There is one row more than shares, for the end of the last one.
+
+    Args:
+        lengths: how many blocks each output has, int64.
+        block: features of a block along each side.
+    """
+    count, stage = SHARES[block]
+    outputs = torch.arange(len(lengths) + 3, device=lengths.device)
+    begins = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])[outputs.clamp(max=len(lengths))]
+    starts = (begins + stage * outputs)[: len(lengths) + 1]
+    place = torch.arange(count + 1, device=lengths.device) * starts[-1] // count
+    output = torch.searchsorted(starts, place, right=True) - 1
+    return torch.stack([output, begins[output], begins[output + 1], begins[output + 2]], 1)
 
 
 # The plan of the update on CUDA.

@@ -1,18 +1,21 @@
 """What only the CUDA kernels of block-sparse products can get wrong: tiles, edges, layouts, codes, graphs, and order.
 
 A dense product in float64 judges. Sums are float32 of K exact products: a tensor core keeps at least 24 bits of an
-instruction's 16 aligned terms, so an output is within K / 8 · 2^-24 of the sum of magnitudes.
+instruction's 16 aligned terms, so an output is within K / 8 · 2^-24 of the sum of magnitudes, or, of few terms, each of
+which may lose a digit, 16 · 2^-24. A subnormal code counts there as the smallest normal number (docs/hopper.md).
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import lowprec as lp
 from lowprec import _ops
-from lowprec.block_tables import Tables, part_blocks, product_plan, tables_of
+from lowprec.block_tables import SHARES, Tables, part_blocks, product_plan, share_plan, tables_of
 from lowprec.formats import FloatFormat
 
 BLOCKS = (8, 16, 32, 64)
@@ -21,6 +24,7 @@ FORMATS = (
     *("e4m3fn", "e5m2", "1-4-3:emax=8", "1-5-2:emax=1", "1-3-4", "1-3-2", "1-4-3:specials=fnuz"),
     *("1-5-2:subnormals=off", "1-0-7", "1-6-1", "p3109_k8p4", "1-2-1"),
 )
+PAIRS = (("e4m3fn", "e4m3fn"), ("e5m2", "1-3-4"), ("1-4-3:emax=8", "1-3-2"), ("1-2-1", "e5m2"))
 gpu = pytest.mark.gpu
 
 
@@ -44,16 +48,27 @@ class Layer:
             self.gate = torch.randn(self.blocks, device="cuda")
             self.gate[::3] = 0
 
-    def dense(self) -> Tensor:
-        """The weights [inputs, outputs] in float64, gates rounded in as the contract has it."""
-        w = self.w_values
+    def dense(self, magnitude: bool = False) -> Tensor:
+        """The weights [inputs, outputs] in float64, gates rounded in as the contract has it; or their magnitudes."""
+        w = aligned(self.w_values, self.fmt) if magnitude else self.w_values
         if self.gate is not None:
             w = w.to(self.dtype) * self.gate.to(self.dtype)[:, None, None]
         i, j = self.mask.nonzero().unbind(1)
         inputs, outputs = self.mask.shape
         full = torch.zeros(inputs, outputs, self.block, self.block, dtype=torch.float64, device="cuda")
-        full[i, j] = w.double()
+        full[i, j] = w.double().abs() if magnitude else w.double()
         return full.transpose(1, 2).reshape(inputs * self.block, outputs * self.block)
+
+
+def long_layer(outputs: int, block: int, fmt: str | None = None) -> Layer:
+    """One of a long column, and of short ones."""
+    layer = Layer((150, outputs), block, torch.bfloat16)
+    layer.mask[:, 0] = True
+    layer.blocks = int(layer.mask.sum())
+    layer.tables = tables_of(layer.mask, layer.blocks, block)
+    layer.fmt = lp.format(fmt) if fmt else None
+    layer.w, layer.w_values = operand((layer.blocks, block, block), layer.dtype, layer.fmt)
+    return layer
 
 
 def operand(shape: tuple[int, ...], dtype: torch.dtype, fmt: FloatFormat | None) -> tuple[Tensor, Tensor]:
@@ -65,6 +80,11 @@ def operand(shape: tuple[int, ...], dtype: torch.dtype, fmt: FloatFormat | None)
     values = lp.decode(codes, fmt, dtype=torch.float32)
     codes = codes.masked_fill(~values.isfinite(), 0)
     return codes, values.masked_fill(~values.isfinite(), 0)
+
+
+def aligned(x: Tensor, fmt: FloatFormat | None) -> Tensor:
+    """Magnitudes by which tensor cores align terms."""
+    return x.abs() if fmt is None else x.abs().clamp_min(2.0**fmt.emin)
 
 
 def fields(fmt: FloatFormat | None) -> list[int]:
@@ -85,13 +105,14 @@ def check(layer: Layer, tokens: int, first: bool, transpose: bool, x_format: str
     features = layer.mask.shape[1 if transpose else 0] * layer.block
     x, values = operand((features, tokens) if first else (tokens, features), layer.dtype, x_fmt)
     y = multiply(layer, x, first, transpose, x_fmt, dtype)
-    w = layer.dense().T if transpose else layer.dense()
-    left = (values.T if first else values).double()
-    exact, magnitude = left @ w, left.abs() @ w.abs()
+    w, size = layer.dense(), layer.dense(magnitude=True)
+    w, size = (w.T, size.T) if transpose else (w, size)
+    left = values.T if first else values
+    exact, magnitude = left.double() @ w, aligned(left, x_fmt).double() @ size
     got = (y.T if first else y).double()
     terms = int(layer.mask.sum(1 if transpose else 0).max()) * layer.block
     unit = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
-    bound = magnitude * (terms / 8 + 2) * 2.0**-24 + exact.abs() * unit * 1.01 + 2.0**-24 * (unit > 0)
+    bound = magnitude * (max(terms / 8, 16) + 2) * 2.0**-24 + exact.abs() * unit * 1.01 + 2.0**-24 * (unit > 0)
     assert y.dtype == dtype
     assert y.is_contiguous()
     assert got.shape == exact.shape
@@ -134,14 +155,85 @@ def test_codes(block: int, transpose: bool, first: bool) -> None:
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_long_columns(block: int, transpose: bool) -> None:
-    layer = Layer((150, 3), block, torch.bfloat16)
-    layer.mask[:, 0] = True
-    layer.blocks = int(layer.mask.sum())
-    layer.tables = tables_of(layer.mask, layer.blocks, block)
-    layer.w, layer.w_values = operand((layer.blocks, block, block), layer.dtype, None)
+    layer = long_layer(3, block)
     for first in (False, True):
         check(layer, 64, first, transpose, None, torch.float32)
         check(layer, 300, first, transpose, None, torch.bfloat16)
+
+
+@gpu
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("outputs", [1, 3, 40])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_shares(block: int, outputs: int, transpose: bool) -> None:
+    for x_format, w_format in PAIRS:
+        layer = long_layer(outputs, block, w_format)
+        for tokens in (1, 63, 65, 300, 512):
+            check(layer, tokens, tokens % 2 == 0, transpose, x_format, torch.float32)
+        check(layer, 72, True, transpose, x_format, torch.bfloat16)
+
+
+@pytest.mark.sanitize
+@gpu
+@pytest.mark.parametrize("block", BLOCKS)
+def test_few_shares(block: int) -> None:
+    layer = long_layer(1, block, "e4m3fn")
+    check(layer, 65, True, False, "1-3-2", torch.float32)
+    check(layer, 72, False, True, "e5m2", torch.float32)
+
+
+@gpu
+@pytest.mark.parametrize("block", BLOCKS)
+def test_powers_of_two(block: int) -> None:
+    layer = long_layer(3, block, "1-4-3:emax=8")
+    x, _ = operand((150 * block, 65), layer.dtype, layer.fmt)
+    sums = multiply(layer, x, True, False, layer.fmt, torch.float32)
+    for x_emax, w_emax in ((15, 15), (-24, -24), (3, -20)):
+        layer.fmt = lp.format(f"1-4-3:emax={w_emax}")
+        got = multiply(layer, x, True, False, lp.format(f"1-4-3:emax={x_emax}"), torch.float32)
+        assert torch.equal(got, sums * 2.0 ** (x_emax + w_emax - 16))
+
+
+@gpu
+@pytest.mark.parametrize("block", BLOCKS)
+def test_shares_in_a_graph(block: int) -> None:
+    layer = long_layer(3, block, "e4m3fn")
+    x, _ = operand((150 * block, 300), layer.dtype, layer.fmt)
+    dy, _ = operand((3 * block, 300), layer.dtype, layer.fmt)
+    calls = [(x, False), (dy, True), (x[:, 100:], False)]
+
+    def products() -> list[Tensor]:
+        return [multiply(layer, each, True, turn, layer.fmt, torch.float32) for each, turn in calls]
+
+    products()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = products()
+    for _ in range(3):
+        x.copy_(x.roll(1, 0))
+        dy.copy_(dy.roll(1, 1))
+        for each in got:
+            each.fill_(float("nan"))
+        graph.replay()
+        assert all(map(torch.equal, got, products()))
+
+
+@gpu
+@pytest.mark.parametrize("block", BLOCKS)
+def test_shares_on_two_streams(block: int) -> None:
+    layer = long_layer(40, block, "e4m3fn")
+    inputs = [operand((150 * block, 512), layer.dtype, layer.fmt)[0] for _ in range(2)]
+    expected = [multiply(layer, x, True, False, layer.fmt, torch.float32) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    got: list[list[Tensor]] = [[], []]
+    for _ in range(20):
+        for x, stream, results in zip(inputs, streams, got, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(multiply(layer, x, True, False, layer.fmt, torch.float32))
+    torch.cuda.synchronize()
+    for results, one in zip(got, expected, strict=True):
+        assert all(torch.equal(each, one) for each in results)
 
 
 @pytest.mark.sanitize
@@ -261,3 +353,17 @@ def test_plan() -> None:
         assert length == 0 or rows[0, 1] == lengths[:output].sum()
     whole, parts = product_plan(torch.zeros(4, dtype=torch.int64), 0, 8)
     assert whole.tolist() == parts.tolist() == [[i, 0, 0, 1] for i in range(4)]
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=60), st.sampled_from(BLOCKS))
+def test_plan_of_shares(lengths: list[int], block: int) -> None:
+    count, stage = SHARES[block]
+    rows = share_plan(torch.tensor(lengths), block).tolist()
+    begins = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    starts = [begin + stage * n for n, begin in enumerate(begins)]  # of outputs, in the line that shares cut
+    assert len(rows) == count + 1
+    for n, (output, *pairs) in enumerate(rows):
+        place = n * starts[-1] // count
+        assert starts[output] <= place
+        assert output == len(lengths) or place < starts[output + 1]
+        assert pairs == [begins[min(output + k, len(lengths))] for k in range(3)]

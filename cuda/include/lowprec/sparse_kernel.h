@@ -40,6 +40,7 @@ struct SparseCall {
   PairDecode x_codes;
   PairDecode w_codes;
   SparseOutput out;
+  int beside = 0;  // tiles of a column that thread blocks take up one after the other; 0: columns of a tile
 };
 
 /// The part of a list that is at hand, four times 32 pairs: where the inputs and weights of blocks begin, in bytes,
@@ -124,7 +125,7 @@ LOWPREC_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t
 /// Where a chunk of 16 bytes lies in rows of so many chunks, such that eight rows' chunks at one place lie in different
 /// banks.
 template <int kChunks>
-LOWPREC_DEVICE int swizzled(int row, int chunk) {
+LOWPREC_INLINE int swizzled(int row, int chunk) {
   return 16 * (row * kChunks + (chunk ^ row / (8 / kChunks) % kChunks));
 }
 
@@ -171,8 +172,9 @@ struct SparseProduct {
         room(x_codes, w_codes, kBlock),
         shared(shared),
         links(*reinterpret_cast<SparseLinks*>(shared + room.links())),
-        token(static_cast<int64_t>(blockIdx.x / call.parts.count) * kSparseTokens),
-        part(blockIdx.x % call.parts.count),
+        token(static_cast<int64_t>(call.beside ? blockIdx.x % call.beside : blockIdx.x / call.parts.count) *
+              kSparseTokens),
+        part(call.beside ? blockIdx.x / call.beside : blockIdx.x % call.parts.count),
         column(__ldg(call.parts.of + 4 * part)),
         begin(__ldg(call.parts.of + 4 * part + 1)),
         count(__ldg(call.parts.of + 4 * part + 2)),

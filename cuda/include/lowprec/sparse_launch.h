@@ -25,6 +25,10 @@ inline bool sparse_splits(int64_t tokens, int64_t block) { return tokens <= 2 * 
 /// Whether features must come first: where a block's are less than two sectors of memory, and codes.
 inline bool sparse_turns(int64_t block, bool x_codes) { return x_codes || block <= 16; }
 
+/// Whether a column's tiles are taken up beside each other, so that its weights are read from memory once. Smaller ones
+/// gain more by neighbours that share inputs.
+inline bool sparse_beside(int64_t block) { return block >= 32; }
+
 template <int kBlock, bool kTranspose, bool kCodes>
 cudaError_t launch_sparse(const SparseCall& call, unsigned grid, cudaStream_t stream) {
   const SparseRoom room(call.x_codes.way != Decoding::none, call.w_codes.way != Decoding::none, kBlock);
@@ -44,32 +48,36 @@ cudaError_t launch_sparse(const SparseCall& call, bool transpose, unsigned grid,
   return launch_sparse<kBlock, false, false>(call, grid, stream);
 }
 
-/// The second kernel, of which thread blocks may start while the first one's end, where a device can do that.
-inline cudaError_t launch_join(const SparseCall& call, int block, unsigned grid, bool early, cudaStream_t stream) {
+/// A kernel of which thread blocks may start while those of the one before end, where a device can do that.
+template <class Call, class... Rest>
+cudaError_t launch_after(void (*kernel)(Call, Rest...), unsigned grid, int threads, int memory, bool early,
+                         cudaStream_t stream, const Call& call, Rest... rest) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid);
-  config.blockDim = dim3(kSparseThreads);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = memory;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, join_parts_kernel, call, block);
+  return cudaLaunchKernelEx(&config, kernel, call, rest...);
 }
 
 /// Multiply as described. `early`: whether the device is of compute capability 9.0 or later.
-inline cudaError_t launch_sparse(const SparseCall& call, int block, bool transpose, bool early, cudaStream_t stream) {
+inline cudaError_t launch_sparse(SparseCall call, int block, bool transpose, bool early, cudaStream_t stream) {
   const int64_t tiles = (call.out.tokens + kSparseTokens - 1) / kSparseTokens, size = tiles * call.parts.count;
   if (size > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
   const auto grid = static_cast<unsigned>(size);
+  if (sparse_beside(block) && !call.partial) call.beside = static_cast<int>(tiles);
   const auto launch = block == 8    ? launch_sparse<8>
                       : block == 16 ? launch_sparse<16>
                       : block == 32 ? launch_sparse<32>
                                     : launch_sparse<64>;
   const cudaError_t error = launch(call, transpose, grid, stream);
   if (error != cudaSuccess || !call.partial) return error;
-  return launch_join(call, block, grid, early, stream);
+  return launch_after(join_parts_kernel, grid, kSparseThreads, 0, early, stream, call, block);
 }
 
 }  // namespace lowprec

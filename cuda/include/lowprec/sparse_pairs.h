@@ -9,8 +9,18 @@
 namespace lowprec {
 
 /// What decoding takes, so that the loops over pairs have no branches: into bfloat16 or float16, of a format all of
-/// whose codes are finite values, or `special` ones, or those with an instruction or a byte of their own.
-enum class Decoding : int { none, bfloat16, special_bfloat16, float16, e4m3_float16, e5m2_float16 };
+/// whose codes are finite values, or `special` ones, or those with an instruction or a byte of their own; or only the
+/// digits in float16's places, of codes of 8 bits or of fewer: numbers that lack a power of two.
+enum class Decoding : int {
+  none,
+  bfloat16,
+  special_bfloat16,
+  float16,
+  e4m3_float16,
+  e5m2_float16,
+  digits_float16,
+  short_digits_float16
+};
 
 LOWPREC_INLINE constexpr bool is_half(Decoding way) {
   return static_cast<int>(way) >= static_cast<int>(Decoding::float16);
@@ -43,6 +53,9 @@ struct PairDecode {
 template <Decoding kWay>
 LOWPREC_DEVICE uint32_t decode_pair(const PairDecode& by, uint32_t codes) {
   if constexpr (kWay == Decoding::e5m2_float16) return codes & 0xff00ff00u;
+  if constexpr (kWay == Decoding::digits_float16 || kWay == Decoding::short_digits_float16) {
+    return (codes >> by.half.down & by.half.digits) | (codes & codes::signs);
+  }
 #if __CUDA_ARCH__ >= 890
   if constexpr (kWay == Decoding::e4m3_float16) return codes::e4m3_to_half(codes);
 #endif
@@ -58,17 +71,37 @@ LOWPREC_DEVICE uint32_t decode_pair(const PairDecode& by, uint32_t codes) {
   return reader.pair(codes);
 }
 
+/// Codes shifted to the tops of their bytes, those that may be shorter.
+template <Decoding kWay>
+LOWPREC_DEVICE uint32_t raised(const PairDecode& by, uint32_t word) {
+  constexpr bool whole =
+      kWay == Decoding::e4m3_float16 || kWay == Decoding::e5m2_float16 || kWay == Decoding::digits_float16;
+  return whole ? word : word << (is_half(kWay) ? by.half.up : by.wide.up);
+}
+
 /// Four codes, the first in the lowest byte.
 template <Decoding kWay>
 LOWPREC_DEVICE uint2 decode_word(const PairDecode& by, uint32_t word) {
-  word <<= is_half(kWay) ? by.half.up : by.wide.up;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  if constexpr (kWay == Decoding::e4m3_float16) {
+    return {codes::e4m3_to_half(static_cast<uint16_t>(word)), codes::e4m3_to_half(static_cast<uint16_t>(word >> 16))};
+  }
+#endif
+  word = raised<kWay>(by, word);
   return {decode_pair<kWay>(by, __byte_perm(word, 0, 0x1404)), decode_pair<kWay>(by, __byte_perm(word, 0, 0x3424))};
 }
 
 /// The codes of two rows and columns: those in the first column, and those in the second.
 template <Decoding kWay>
 LOWPREC_DEVICE uint2 decode_columns(const PairDecode& by, uint32_t word) {
-  word <<= is_half(kWay) ? by.half.up : by.wide.up;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  if constexpr (kWay == Decoding::e4m3_float16) {
+    return {codes::e4m3_to_half(static_cast<uint16_t>(__byte_perm(word, 0, 0x4420))),
+            codes::e4m3_to_half(static_cast<uint16_t>(__byte_perm(word, 0, 0x4431)))};
+  }
+#endif
+  if constexpr (kWay == Decoding::e5m2_float16) return {__byte_perm(word, 0, 0x2404), word & 0xff00ff00u};
+  word = raised<kWay>(by, word);
   return {decode_pair<kWay>(by, word << 8), decode_pair<kWay>(by, word)};
 }
 
@@ -89,6 +122,15 @@ LOWPREC_DEVICE void for_decoding(Decoding way, F f) {
     default:
       return f.template operator()<Decoding::none>();
   }
+}
+
+/// The same for the ways in which codes meet codes.
+template <class F>
+LOWPREC_DEVICE void for_code_decoding(Decoding way, F f) {
+  if (way == Decoding::e4m3_float16) return f.template operator()<Decoding::e4m3_float16>();
+  if (way == Decoding::e5m2_float16) return f.template operator()<Decoding::e5m2_float16>();
+  if (way == Decoding::digits_float16) return f.template operator()<Decoding::digits_float16>();
+  f.template operator()<Decoding::short_digits_float16>();
 }
 
 }  // namespace lowprec
