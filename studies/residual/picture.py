@@ -97,6 +97,7 @@ def _learned(axes: Axes, summary: Summary, key: str, named: bool) -> None:
     for row, gain in enumerate(found):
         _difference(axes, row, gain.by[key], COLOURS[2])
     _finish(axes, [gain.other if named else "" for gain in found])
+    axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel(summary.unit(key))
     axes.set_title("Learned less fixed start" if named else "and in bits")
 
