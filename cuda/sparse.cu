@@ -7,6 +7,7 @@
 
 #include "lowprec/fused_ops.h"
 #include "lowprec/launch.h"
+#include "lowprec/sparse_hopper.h"
 #include "lowprec/sparse_launch.h"
 #include "lowprec/sparse_plain.h"
 #include "lowprec/sparse_shares_launch.h"
@@ -250,6 +251,32 @@ void multiply_shares(const Request& call, const Format& x_format, const Format& 
   check_cuda(launch(kernel, call.transpose, memory, major >= 9, current_stream(x)));
 }
 
+/// Of many tokens on Hopper, by warpgroups. Whether it did.
+bool multiply_many(const Request& call, bool half, const Result& result, const Tensor& out) {
+  const int64_t tokens = call.tokens();
+  if (call.gate || call.block() != kHopperBlock || !hopper_serves(tokens, call.blocks()) || major_of(call.x) != 9) {
+    return false;
+  }
+  const Tensor x = rows_of(call.x, call.first), w = blocks_of(call.w);
+  const Tensor partial = empty(x, {hopper_partials(tokens)}, ScalarType::Float);
+  const Tensor flags = empty(x, {hopper_flags(tokens)}, ScalarType::Int);
+  const SparseHopperCall kernel{x.const_data_ptr(),
+                                x.stride(0),
+                                call.x.size(call.first ? 0 : 1),
+                                w.const_data_ptr(),
+                                call.blocks(),
+                                call.offsets(),
+                                call.pairs(),
+                                static_cast<int>(call.outputs),
+                                static_cast<float*>(partial.mutable_data_ptr()),
+                                static_cast<uint32_t*>(flags.mutable_data_ptr()),
+                                half,
+                                call.transpose,
+                                written(call, x, result, out)};
+  check_cuda(launch_sparse_hopper(kernel, current_stream(x)));
+  return true;
+}
+
 /// By tensor cores: in `dtype`, bfloat16 or float16.
 void multiply_narrow(Request call, const std::optional<Format>& x, const std::optional<Format>& w, ScalarType dtype,
                      const Result& result, const Tensor& out) {
@@ -259,6 +286,7 @@ void multiply_narrow(Request call, const std::optional<Format>& x, const std::op
   };
   if (!call.gate && meets(x) && meets(w)) return multiply_shares(call, *x, *w, result, out);
   const bool half = dtype == ScalarType::Half;
+  if (!x && !w && multiply_many(call, half, result, out)) return;
   const auto prepare = [&](Tensor& operand, const std::optional<Format>& format) {
     const PairDecode decode = format ? PairDecode(*format, half) : PairDecode();
     if (format && decode.way == Decoding::none) operand = decode_codes(operand, fields_of(*format), dtype);

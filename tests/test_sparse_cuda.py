@@ -336,6 +336,112 @@ def test_in_a_graph(block: int) -> None:
     assert torch.equal(y, multiply(layer, x, False, False, None, torch.bfloat16))
 
 
+class TestManyTokens:
+    """Blocks of 64 and many tokens, which Hopper multiplies by warpgroups."""
+
+    TOKENS = (64, 65, 128, 192, 255, 256, 257, 512, 700)
+
+    @staticmethod
+    def layer(mask: Tensor, dtype: torch.dtype = torch.bfloat16) -> Layer:
+        """With blocks enough for that kernel at any number of tokens from 64 on."""
+        layer = Layer((3, 3), 64, dtype)
+        layer.mask, layer.blocks = mask, int(mask.sum())
+        assert layer.blocks >= 8 * 132
+        layer.tables = tables_of(mask, layer.blocks, 64)
+        layer.w, layer.w_values = operand((layer.blocks, 64, 64), dtype, None)
+        return layer
+
+    def random(self, dtype: torch.dtype = torch.bfloat16) -> Layer:
+        return self.layer(Layer((60, 62), 64, dtype).mask, dtype)
+
+    @gpu
+    @pytest.mark.parametrize("first", [False, True])
+    @pytest.mark.parametrize("transpose", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_values(self, dtype: torch.dtype, transpose: bool, first: bool) -> None:
+        layer = self.random(dtype)
+        for tokens in self.TOKENS:
+            check(layer, tokens, first, transpose, None, torch.float32)
+        for tokens in (256, 257, 300):
+            check(layer, tokens, first, transpose, None, dtype)
+
+    @pytest.mark.sanitize
+    @gpu
+    @pytest.mark.parametrize("first", [False, True])
+    @pytest.mark.parametrize("transpose", [False, True])
+    def test_few_items_of_many_shares(self, transpose: bool, first: bool) -> None:
+        mask = torch.rand((900, 3), device="cuda") < torch.tensor([1.1, 0.0, 0.4], device="cuda")
+        layer = self.layer(mask.T.contiguous() if transpose else mask)
+        check(layer, 300, first, transpose, None, torch.float32)
+
+    @gpu
+    def test_mostly_empty(self) -> None:
+        mask = torch.zeros((40, 200), dtype=torch.bool, device="cuda")
+        mask[:, 150:178] = True
+        layer = self.layer(mask)
+        for first in (False, True):
+            check(layer, 257, first, False, None, torch.bfloat16)
+
+    @gpu
+    @pytest.mark.parametrize("first", [False, True])
+    def test_cast_of_sums(self, first: bool) -> None:
+        layer = self.random()
+        seed, offset = torch.tensor(12345678901234567), torch.tensor(5)
+        for tokens in (256, 259):
+            x = torch.randn(tokens, 60 * 64, device="cuda").bfloat16()
+            x = x.T.contiguous() if first else x
+            where = (x, layer.w, layer.tables.fprop, None, 62, first, False, [], [])
+            sums = _ops.sparse_matmul(*where, torch.float32)
+            for rounding, words in ((0, (None, None)), (2, (None, None)), (6, (seed, offset))):
+                how = (list(lp.format("e4m3fn").fields), rounding, False, *words, 32)
+                codes = _ops.sparse_matmul_cast(*where, *how, True, torch.float32)
+                assert torch.equal(codes, _ops.encode(sums, *how))
+                values = _ops.sparse_matmul_cast(*where, *how, False, torch.bfloat16)
+                judge = _ops.quantize(sums, *how).bfloat16()
+                assert torch.equal(values.nan_to_num(7.0), judge.nan_to_num(7.0))
+
+    @gpu
+    def test_tokens_apart(self) -> None:
+        """Other tokens' NaN, those of a tile's end and what lies beyond rows come into no sum."""
+        layer = self.random()
+        x = torch.randn(257, 60 * 64 + 11, device="cuda").bfloat16()
+        x[[3, 255]] = float("nan")
+        x[:, :3], x[:, -8:] = float("nan"), float("nan")
+        x = x[:, 3:-8]
+        y = multiply(layer, x, False, False, None, torch.float32)
+        live = layer.mask.any(0).repeat_interleave(64)
+        assert y[[3, 255]][:, live].isnan().all()
+        assert (y[[3, 255]][:, ~live] == 0).all()
+        kept = torch.ones(257, dtype=torch.bool, device="cuda")
+        kept[[3, 255]] = False
+        assert y[kept].isfinite().all()
+        assert torch.equal(multiply(layer, x.contiguous(), False, False, None, torch.float32)[kept], y[kept])
+        turned = multiply(layer, x.T, True, False, None, torch.float32).T
+        assert torch.equal(turned[kept], y[kept])
+        copied = multiply(layer, x.T.contiguous(), True, False, None, torch.float32).T
+        assert torch.equal(copied[kept], y[kept])
+
+    @gpu
+    def test_in_a_graph(self) -> None:
+        layer = self.layer(torch.rand((60, 60), device="cuda") < 0.4)
+        x = torch.randn(300, 60 * 64, device="cuda").bfloat16()
+        for transpose in (False, True):
+            multiply(layer, x, False, transpose, None, torch.bfloat16)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            tables = tables_of(layer.mask, layer.blocks, 64)
+            layer.tables = tables
+            y = multiply(layer, x, False, False, None, torch.bfloat16)
+            y = multiply(layer, y, False, True, None, torch.bfloat16)
+        layer.mask.copy_(layer.mask.roll(7, 0))
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            layer.tables = tables_of(layer.mask, layer.blocks, 64)
+            again = multiply(layer, x, False, False, None, torch.bfloat16)
+            assert torch.equal(y, multiply(layer, again, False, True, None, torch.bfloat16))
+
+
 def test_plan() -> None:
     lengths = torch.tensor([3, 0, 90, 2, 70, 4, 0, 1])
     whole, parts = product_plan(lengths, 170, 64)

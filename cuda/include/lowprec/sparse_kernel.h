@@ -11,6 +11,7 @@
 
 #include "lowprec/inline.h"
 #include "lowprec/sparse_output.h"
+#include "lowprec/sparse_overlap.h"
 #include "lowprec/sparse_pairs.h"
 
 namespace lowprec {
@@ -442,20 +443,6 @@ struct SparseProduct {
     }
   }
 };
-
-/// Let the kernel after this one take its place as soon as every thread block of this one has begun.
-LOWPREC_DEVICE void start_dependents() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-/// Wait for all that the kernel before this one writes.
-LOWPREC_DEVICE void await_dependence() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 template <int kBlock, bool kTranspose, bool kCodes>
 __global__ void __launch_bounds__(kSparseThreads) sparse_kernel(const __grid_constant__ SparseCall call) {

@@ -48,23 +48,6 @@ cudaError_t launch_sparse(const SparseCall& call, bool transpose, unsigned grid,
   return launch_sparse<kBlock, false, false>(call, grid, stream);
 }
 
-/// A kernel of which thread blocks may start while those of the one before end, where a device can do that.
-template <class Call, class... Rest>
-cudaError_t launch_after(void (*kernel)(Call, Rest...), unsigned grid, int threads, int memory, bool early,
-                         cudaStream_t stream, const Call& call, Rest... rest) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = memory;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, call, rest...);
-}
-
 /// Multiply as described. `early`: whether the device is of compute capability 9.0 or later.
 inline cudaError_t launch_sparse(SparseCall call, int block, bool transpose, bool early, cudaStream_t stream) {
   const int64_t tiles = (call.out.tokens + kSparseTokens - 1) / kSparseTokens, size = tiles * call.parts.count;

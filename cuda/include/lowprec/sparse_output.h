@@ -29,16 +29,13 @@ LOWPREC_DEVICE uint32_t narrow_pair(bool half, float low, float high) {
 }
 
 /// In whatever form, and so many of them.
-__device__ __noinline__ void write_slowly(const SparseOutput& out, int64_t index, float4 run, int count) {
+static __device__ __noinline__ void write_slowly(const SparseOutput& out, int64_t index, float4 run, int count) {
   const float sums[4] = {run.x, run.y, run.z, run.w};
   store_four(out.to, index, sums, count);
 }
 
-/// The i-th four sums of a tile of tokens and a block of outputs, which lies as the result does.
-LOWPREC_DEVICE void write_four(const SparseOutput& out, int64_t token, int64_t output, int block, int i, float4 run) {
-  const int width = out.first ? kSparseTokens : block, shift = 31 - __clz(width);
-  const int64_t row = (out.first ? output : token) + (4 * i >> shift);
-  const int64_t place = (out.first ? token : output) + (4 * i & (width - 1));
+/// Four neighbours of a row of the result, from `place` on: tokens where features come first, else features.
+LOWPREC_DEVICE void write_run(const SparseOutput& out, int64_t row, int64_t place, float4 run) {
   const int64_t left = out.tokens - (out.first ? place : row);
   if (left <= 0) return;
   const int64_t index = row * (out.first ? out.tokens : out.features) + place;
@@ -50,6 +47,13 @@ LOWPREC_DEVICE void write_four(const SparseOutput& out, int64_t token, int64_t o
     *reinterpret_cast<uint2*>(static_cast<uint16_t*>(out.to.data) + index) = {narrow_pair(out.to.half, run.x, run.y),
                                                                               narrow_pair(out.to.half, run.z, run.w)};
   }
+}
+
+/// The i-th four sums of a tile of tokens and a block of outputs, which lies as the result does.
+LOWPREC_DEVICE void write_four(const SparseOutput& out, int64_t token, int64_t output, int block, int i, float4 run) {
+  const int width = out.first ? kSparseTokens : block, shift = 31 - __clz(width);
+  const int64_t row = (out.first ? output : token) + (4 * i >> shift);
+  write_run(out, row, (out.first ? token : output) + (4 * i & (width - 1)), run);
 }
 
 }  // namespace lowprec

@@ -24,12 +24,6 @@ inline float meeting_scale(const Format& format, Decoding way) {
   return digits ? std::ldexp(1.0F, Float16::bias - format.bias) : 1.0F;
 }
 
-/// Flags of shares are cleared by a kernel during which the product begins, where a device can do that.
-static __global__ void clear_flags_kernel(uint32_t* flags, int count) {
-  start_dependents();
-  for (int i = threadIdx.x; i < count; i += blockDim.x) flags[i] = 0;
-}
-
 /// Multiply as described, on a device with so many bytes of shared memory for a multiprocessor's thread blocks.
 template <int kBlock>
 cudaError_t launch_shares(SharesCall call, bool transpose, int memory, bool early, cudaStream_t stream) {

@@ -28,6 +28,10 @@ struct Barrier {
                  : "memory");
   }
 
+  LOWPREC_DEVICE void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state)) : "memory");
+  }
+
   /// Arrive at the same barrier of a block of the cluster.
   LOWPREC_DEVICE void arrive_at(uint32_t block) {
     asm volatile(
@@ -63,6 +67,17 @@ LOWPREC_DEVICE void copy_box(void* to, const CUtensorMap& map, Barrier& barrier,
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&barrier.state)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+/// The same of what is hardly wanted again: first to leave the L2 cache.
+LOWPREC_DEVICE void copy_once(void* to, const CUtensorMap& map, Barrier& barrier, int x, int y, int z) {
+  constexpr uint64_t evict_first = 0x12F0000000000000;  // a cache policy, as createpolicy.fractional makes it
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&barrier.state)), "r"(x), "r"(y), "r"(z),
+      "l"(evict_first)
       : "memory");
 }
 
@@ -154,6 +169,27 @@ LOWPREC_DEVICE void multiply_matrices(Operands kind, float (&d)[64], uint32_t a,
     default:
       LOWPREC_WGMMA("m64n128k32.f32.e5m2.e5m2", "");
   }
+}
+
+/// bfloat16, or float16, operands that lie along the depth, or along A's rows and B's columns.
+template <bool kHalf, bool kRowsOfA, bool kColumnsOfB>
+LOWPREC_DEVICE void multiply_matrices(float (&d)[64], uint32_t a, uint32_t b, int keep) {
+#define LOWPREC_WGMMA_LAYOUT(layout)                   \
+  if constexpr (kHalf) {                               \
+    LOWPREC_WGMMA("m64n128k16.f32.f16.f16", layout);   \
+  } else {                                             \
+    LOWPREC_WGMMA("m64n128k16.f32.bf16.bf16", layout); \
+  }
+  if constexpr (kRowsOfA && kColumnsOfB) {
+    LOWPREC_WGMMA_LAYOUT(", 1, 1")
+  } else if constexpr (kRowsOfA) {
+    LOWPREC_WGMMA_LAYOUT(", 1, 0")
+  } else if constexpr (kColumnsOfB) {
+    LOWPREC_WGMMA_LAYOUT(", 0, 1")
+  } else {
+    LOWPREC_WGMMA_LAYOUT(", 0, 0")
+  }
+#undef LOWPREC_WGMMA_LAYOUT
 }
 
 #undef LOWPREC_WGMMA
