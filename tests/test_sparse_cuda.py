@@ -1,8 +1,9 @@
 """What only the CUDA kernels of block-sparse products can get wrong: tiles, edges, layouts, codes, graphs, and order.
 
 A dense product in float64 judges. Sums are float32 of K exact products: a tensor core keeps at least 24 bits of an
-instruction's 16 aligned terms, so an output is within K / 8 · 2^-24 of the sum of magnitudes, or, of few terms, each of
-which may lose a digit, 16 · 2^-24. A subnormal code counts there as the smallest normal number (docs/hopper.md).
+instruction's 16 aligned terms, so an output is within K / 8 · 2^-24 of the sum of magnitudes, or, of few products of
+codes, each of which may lose a digit, 16 · 2^-24. A subnormal code counts there as the smallest normal number
+(docs/hopper.md).
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def check(layer: Layer, tokens: int, first: bool, transpose: bool, x_format: str
     got = (y.T if first else y).double()
     terms = int(layer.mask.sum(1 if transpose else 0).max()) * layer.block
     unit = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
-    bound = magnitude * (max(terms / 8, 16) + 2) * 2.0**-24 + exact.abs() * unit * 1.01 + 2.0**-24 * (unit > 0)
+    digits = max(terms / 8, 16 if x_fmt and layer.fmt else 0) + 2
+    bound = magnitude * digits * 2.0**-24 + exact.abs() * unit * 1.01 + 2.0**-24 * (unit > 0)
     assert y.dtype == dtype
     assert y.is_contiguous()
     assert got.shape == exact.shape
