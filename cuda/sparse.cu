@@ -176,9 +176,27 @@ Output output_of(const Tensor& x, const Result& result, const Tensor& out) {
           narrow || result.format.has_value(), cast};
 }
 
+/// How runs of sums are written that lie at multiples of their size.
+RunForm form_of(const Result& result, const SparseOutput::Codes& codes) {
+  if (result.codes) {
+    return codes.usable && result.format->bits() <= 8 && result.rounding == 0 ? RunForm::codes : RunForm::any;
+  }
+  if (result.format) return RunForm::any;
+  return result.dtype == ScalarType::Half       ? RunForm::float16
+         : result.dtype == ScalarType::BFloat16 ? RunForm::bfloat16
+                                                : RunForm::single;
+}
+
 SparseOutput written(const Request& call, const Tensor& x, const Result& result, const Tensor& out) {
-  const bool direct = !result.format && !(call.first && call.tokens() % 4);
-  return {output_of(x, result, out), call.tokens(), call.features(), call.first, direct};
+  const bool aligned = !(call.first && call.tokens() % 4);
+  SparseOutput::Codes codes;
+  if (result.codes) codes = {*result.format, result.saturate};
+  return {output_of(x, result, out),
+          call.tokens(),
+          call.features(),
+          call.first,
+          aligned ? form_of(result, codes) : RunForm::any,
+          codes};
 }
 
 int attribute(const Tensor& x, cudaDeviceAttr which) {

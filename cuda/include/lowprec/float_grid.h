@@ -187,8 +187,13 @@ class FloatQuantize {
 
   template <bool kPlain>
   LOWPREC_DEVICE float apply(float x, uint32_t word) const {
+    return finish<kPlain>(x, round_magnitude<Mode, kPlain>(grid, x, word));
+  }
+
+  /// What x becomes, with its magnitude rounded by any mode.
+  template <bool kPlain>
+  LOWPREC_DEVICE float finish(float x, float rounded) const {
     const uint32_t sign = as_bits(x) & Float32::sign;
-    const float rounded = round_magnitude<Mode, kPlain>(grid, x, word);
     if (kPlain) return as_float(as_bits(rounded) | sign);
     const uint32_t bits = rounded > grid.largest ? overflow_ : as_bits(rounded);
     return as_float(grid.minus_zero || rounded != 0 ? bits | sign : bits);
@@ -216,7 +221,12 @@ class FloatEncode {
 
   template <bool kPlain>
   LOWPREC_DEVICE uint32_t apply(float x, uint32_t word) const {
-    const float rounded = round_magnitude<Mode, kPlain>(grid, x, word);
+    return finish<kPlain>(x, round_magnitude<Mode, kPlain>(grid, x, word));
+  }
+
+  /// The code of x, with its magnitude rounded by any mode.
+  template <bool kPlain>
+  LOWPREC_DEVICE uint32_t finish(float x, float rounded) const {
     const uint32_t code = as_bits(rounded * scale_) >> drop_;
     const uint32_t sign = (as_bits(x) >> sign_drop_) & sign_;
     return kPlain || grid.minus_zero || code != 0 ? code | sign : code;

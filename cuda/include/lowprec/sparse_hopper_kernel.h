@@ -144,8 +144,26 @@ LOWPREC_DEVICE void for_items(const HopperLine& line, int share, F f) {
 
 // Results.
 
+/// Not inline, and no random words at hand: a thread's other sums are in registers meanwhile.
+static __device__ __noinline__ void write_cast(const SparseOutput& out, int64_t index, float4 run, int count) {
+  if (out.form == RunForm::any) return write_any<false>(out, index, run, count);
+  out.codes.plain ? write_codes<true>(out, index, run) : write_codes<false>(out, index, run);
+}
+
+/// Four neighbours of a row of the result, from `place` on. With as little as can be that stays in registers.
+LOWPREC_DEVICE void write_run(const SparseOutput& out, int64_t row, int64_t place, float4 run) {
+  const int64_t left = out.tokens - (out.first ? place : row);
+  if (left <= 0) return;
+  const int64_t index = row * (out.first ? out.tokens : out.features) + place;
+  if (out.casts()) {
+    write_cast(out, index, run, out.first && left < 4 ? static_cast<int>(left) : 4);
+  } else {
+    write_sums(out, index, run);
+  }
+}
+
 /// Write a warp's sums, 16 outputs of 128 tokens, by rows of the result.
-LOWPREC_DEVICE void write_sums(const SparseOutput& out, Pass& pass, int64_t token, int64_t output,
+LOWPREC_DEVICE void write_values(const SparseOutput& out, Pass& pass, int64_t token, int64_t output,
                                const float (&sums)[kStageValues]) {
   const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
 #pragma unroll
@@ -182,7 +200,7 @@ LOWPREC_DEVICE void write_sums(const SparseOutput& out, Pass& pass, int64_t toke
 LOWPREC_DEVICE void write_item(const SparseOutput& out, Pass& pass, int column, int tile, int group,
                                const float (&sums)[kStageValues]) {
   const int64_t token = static_cast<int64_t>(tile) * hopper_tile(out.tokens) + group * kGroupTokens;
-  write_sums(out, pass, token, static_cast<int64_t>(column) * kHopperBlock + threadIdx.x % 128 / 32 * 16, sums);
+  write_values(out, pass, token, static_cast<int64_t>(column) * kHopperBlock + threadIdx.x % 128 / 32 * 16, sums);
 }
 
 // Parts of items.

@@ -16,7 +16,6 @@
 
 namespace lowprec {
 
-constexpr int kSparseThreads = 128;
 constexpr int kSparseStages = 3;     // of the ring
 constexpr int kSparseFeatures = 64;  // of a stage
 constexpr int kSparseLinks = 128;    // pairs of the list that are kept in shared memory
@@ -422,30 +421,33 @@ struct SparseProduct {
 
   /// The sums, by outputs of the tile's tokens, or by tokens of the block's outputs.
   LOWPREC_DEVICE void write() const {
-    auto* tile = reinterpret_cast<float*>(shared);
+    auto* board = reinterpret_cast<float*>(shared);
     const bool first = call.out.first;
-    const int width = first ? kSparseTokens : kBlock, pitch = width + 4, shift = 31 - __clz(width);
+    const SparseBoard shape(first, kBlock);
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, place = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
       const int t = 16 * warp + (x_codes ? 2 * g + i % 4 / 2 : g + i % 4 / 2 * 8), n = i / 4 * 8 + place + i % 2;
-      tile[first ? n * pitch + t : t * pitch + n] = sums[i / 4][i % 4];
+      board[first ? n * shape.pitch + t : t * shape.pitch + n] = sums[i / 4][i % 4];
     }
     __syncthreads();
-    auto* partial = reinterpret_cast<float4*>(call.partial + static_cast<int64_t>(blockIdx.x) * kSparseTokens * kBlock);
-    for (int i = threadIdx.x; i < kSparseTokens * kBlock / 4; i += kSparseThreads) {
-      const float4 run = *reinterpret_cast<const float4*>(tile + (4 * i >> shift) * pitch + (4 * i & (width - 1)));
-      if (parts == 1) {
-        write_four(call.out, token, static_cast<int64_t>(column) * kBlock, kBlock, i, run);
-      } else {
-        partial[i] = run;
-      }
+    constexpr int count = sparse_runs(kBlock);
+    if (parts == 1) {
+      const SparseRuns runs = shape.runs(call.out, token, static_cast<int64_t>(column) * kBlock, count);
+      return runs.write([&](int n) { return shape.at(board, n); });
     }
+    auto* to = reinterpret_cast<float4*>(call.partial) + static_cast<int64_t>(blockIdx.x) * kSparseThreads * count;
+    for (int n = 0; n < count; ++n) to[threadIdx.x + n * kSparseThreads] = shape.at(board, n);
   }
 };
 
+/// Thread blocks that a multiprocessor's registers have to hold, since its shared memory does. Larger blocks need no
+/// telling (0).
+constexpr int sparse_held(int block) { return block == 8 ? 7 : 0; }
+
 template <int kBlock, bool kTranspose, bool kCodes>
-__global__ void __launch_bounds__(kSparseThreads) sparse_kernel(const __grid_constant__ SparseCall call) {
+__global__ void __launch_bounds__(kSparseThreads, sparse_held(kBlock))
+    sparse_kernel(const __grid_constant__ SparseCall call) {
   extern __shared__ uint4 shared[];
   start_dependents();
   SparseProduct<kBlock, kTranspose, kCodes> product(call, reinterpret_cast<char*>(shared));
@@ -462,17 +464,20 @@ static __global__ void __launch_bounds__(kSparseThreads)
   const int column = __ldg(at), parts = __ldg(at + 3);
   if (column < 0 || parts == 1 || (part > 0 && __ldg(at - 4) == column)) return;
   await_dependence();
-  const int size = kSparseTokens * block / 4;
+  const int count = sparse_runs(block), size = kSparseThreads * count;
   const auto* from = reinterpret_cast<const float4*>(call.partial) + static_cast<int64_t>(blockIdx.x) * size;
-  for (int i = threadIdx.x; i < size; i += kSparseThreads) {
-    float4 sum = from[i];
-    for (int n = 1; n < parts; ++n) {
-      const float4 term = from[static_cast<int64_t>(n) * size + i];
+  const SparseRuns runs = SparseBoard(call.out.first, block)
+                              .runs(call.out, static_cast<int64_t>(tile) * kSparseTokens,
+                                    static_cast<int64_t>(column) * block, count);
+  runs.write([&](int n) {
+    const float4* terms = from + threadIdx.x + n * kSparseThreads;
+    float4 sum = *terms;
+    for (int part = 1; part < parts; ++part) {
+      const float4 term = terms[static_cast<int64_t>(part) * size];
       sum = {sum.x + term.x, sum.y + term.y, sum.z + term.z, sum.w + term.w};
     }
-    write_four(call.out, static_cast<int64_t>(tile) * kSparseTokens, static_cast<int64_t>(column) * block, block, i,
-               sum);
-  }
+    return sum;
+  });
 }
 
 }  // namespace lowprec

@@ -3,18 +3,29 @@
 
 #include <cstdint>
 
+#include "lowprec/quick.h"
 #include "lowprec/tensor_core_output.h"
 
 namespace lowprec {
 
-constexpr int kSparseTokens = 64;  // of a tile
+constexpr int kSparseTokens = 64;    // of a tile
+constexpr int kSparseThreads = 128;  // that multiply and write it
+
+/// How four neighbours are written: as they are, rounded to 16 bits, as codes of 8 bits to nearest even by the quick
+/// way, or by `store_four`, which can do all.
+enum class RunForm : int { single, bfloat16, float16, codes, any };
 
 struct SparseOutput {
+  using Codes = QuickEncode<Float32, NearestEven, uint8_t>;
+
   Output to;
   int64_t tokens;
   int64_t features;
-  bool first;   // features first
-  bool direct;  // float32, bfloat16 or float16 sums, four of which lie at multiples of their size
+  bool first;    // features first
+  RunForm form;  // `any` unless every four lie at a multiple of their size
+  Codes codes;
+
+  LOWPREC_DEVICE bool casts() const { return form == RunForm::codes || form == RunForm::any; }
 };
 
 /// Two sums in 16 bits each.
@@ -28,32 +39,100 @@ LOWPREC_DEVICE uint32_t narrow_pair(bool half, float low, float high) {
   return pair;
 }
 
-/// In whatever form, and so many of them.
-static __device__ __noinline__ void write_slowly(const SparseOutput& out, int64_t index, float4 run, int count) {
-  const float sums[4] = {run.x, run.y, run.z, run.w};
-  store_four(out.to, index, sums, count);
-}
-
-/// Four neighbours of a row of the result, from `place` on: tokens where features come first, else features.
-LOWPREC_DEVICE void write_run(const SparseOutput& out, int64_t row, int64_t place, float4 run) {
-  const int64_t left = out.tokens - (out.first ? place : row);
-  if (left <= 0) return;
-  const int64_t index = row * (out.first ? out.tokens : out.features) + place;
-  if (!out.direct) {
-    write_slowly(out, index, run, out.first && left < 4 ? static_cast<int>(left) : 4);
-  } else if (out.to.bytes == 4) {
-    *reinterpret_cast<float4*>(static_cast<float*>(out.to.data) + index) = run;
+/// Write four sums of no cast, from `index` on: a multiple of four, and taken as one, by which a compiler knows that
+/// one access will do.
+LOWPREC_DEVICE void write_sums(const SparseOutput& out, int64_t index, float4 run) {
+  if (out.form == RunForm::single) {
+    static_cast<float4*>(out.to.data)[index >> 2] = run;
   } else {
-    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(out.to.data) + index) = {narrow_pair(out.to.half, run.x, run.y),
-                                                                              narrow_pair(out.to.half, run.z, run.w)};
+    const bool half = out.form == RunForm::float16;
+    static_cast<uint2*>(out.to.data)[index >> 2] = {narrow_pair(half, run.x, run.y), narrow_pair(half, run.z, run.w)};
   }
 }
 
-/// The i-th four sums of a tile of tokens and a block of outputs, which lies as the result does.
-LOWPREC_DEVICE void write_four(const SparseOutput& out, int64_t token, int64_t output, int block, int i, float4 run) {
-  const int width = out.first ? kSparseTokens : block, shift = 31 - __clz(width);
-  const int64_t row = (out.first ? output : token) + (4 * i >> shift);
-  write_run(out, row, (out.first ? token : output) + (4 * i & (width - 1)), run);
+/// Likewise as codes.
+template <bool kPlain>
+LOWPREC_DEVICE void write_codes(const SparseOutput& out, int64_t index, float4 run) {
+  using Op = SparseOutput::Codes::Op;
+  const Inputs<Op> sums{as_bits(run.x), as_bits(run.y), as_bits(run.z), as_bits(run.w)};
+  Outputs<Op> result;
+  out.codes.apply<kPlain>(sums, {}, result);
+  static_cast<uint32_t*>(out.to.data)[index >> 2] = result.word(0);
 }
+
+/// So many of four sums in any form, at any place.
+template <bool kRandom = true>
+LOWPREC_DEVICE void write_any(const SparseOutput& out, int64_t index, float4 run, int count) {
+  const float sums[4] = {run.x, run.y, run.z, run.w};
+  store_four<kRandom>(out.to, index, sums, count);
+}
+
+/// So many runs of four neighbours, as many rows of the result apart: tokens where features come first, else features.
+struct SparseRuns {
+  const SparseOutput& out;
+  int64_t row;
+  int64_t place;
+  int rows;
+  int count;
+
+  /// Write those that lie not beyond the last token; read(n) has the sums of the n-th.
+  template <class Read>
+  LOWPREC_DEVICE void write(Read read) const {
+    if (!out.casts()) {
+      for_each(read, [&](int64_t index, float4 run, int) { write_sums(out, index, run); });
+    } else if (out.form == RunForm::any) {
+      for_each(read, [&](int64_t index, float4 run, int n) { write_any(out, index, run, n); });
+    } else if (out.codes.plain) {
+      for_each(read, [&](int64_t index, float4 run, int) { write_codes<true>(out, index, run); });
+    } else {
+      for_each(read, [&](int64_t index, float4 run, int) { write_codes<false>(out, index, run); });
+    }
+  }
+
+ private:
+  /// Call store(index, sums, how many of them).
+  template <class Read, class Store>
+  LOWPREC_DEVICE void for_each(Read read, Store store) const {
+    const bool first = out.first;
+    const int64_t pitch = first ? out.tokens : out.features, step = rows * pitch;
+    int64_t index = row * pitch + place, left = out.tokens - (first ? place : row);
+#pragma unroll 1
+    for (int n = 0; n < count; ++n) {
+      if (left > 0) store(index, read(n), first && left < 4 ? static_cast<int>(left) : 4);
+      index += step;
+      left -= first ? 0 : rows;
+    }
+  }
+};
+
+/// Where the runs of a tile of tokens and a block of outputs lie on a board in shared memory, which has them as the
+/// result does, and which of them a thread takes.
+struct SparseBoard {
+  int pitch;  // of rows, apart so that banks do not meet
+  int width;
+  int row;  // of a thread's first run
+  int column;
+  int rows;  // from there to its next one
+
+  LOWPREC_DEVICE SparseBoard(bool first, int block) : width(first ? kSparseTokens : block) {
+    const int shift = 31 - __clz(width), i = 4 * threadIdx.x;
+    pitch = width + 4;
+    row = i >> shift;
+    column = i & (width - 1);
+    rows = 4 * kSparseThreads >> shift;
+  }
+
+  LOWPREC_DEVICE SparseRuns runs(const SparseOutput& out, int64_t token, int64_t output, int count) const {
+    return {out, (out.first ? output : token) + row, (out.first ? token : output) + column, rows, count};
+  }
+
+  /// The n-th run of a thread.
+  LOWPREC_DEVICE float4 at(const float* board, int n) const {
+    return *reinterpret_cast<const float4*>(board + (row + n * rows) * pitch + column);
+  }
+};
+
+/// How many runs of a tile a thread has.
+LOWPREC_INLINE constexpr int sparse_runs(int block) { return kSparseTokens * block / 4 / kSparseThreads; }
 
 }  // namespace lowprec

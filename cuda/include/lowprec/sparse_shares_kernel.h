@@ -259,18 +259,16 @@ struct SharesConsumer {
   LOWPREC_DEVICE void write(int column, int tile) const {
     auto* board = reinterpret_cast<float*>(area());
     const bool first = call.out.first;
-    const int width = first ? kSparseTokens : kBlock, pitch = width + 4, shift = 31 - __clz(width);
+    const SparseBoard shape(first, kBlock);
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
       const int t = 16 * quarter + Places::token_of(lane, i % 4), n = Places::output_of(lane, i / 4, i % 4);
-      board[first ? n * pitch + t : t * pitch + n] = total[i / 4][i % 4] * call.scale;
+      board[first ? n * shape.pitch + t : t * shape.pitch + n] = total[i / 4][i % 4] * call.scale;
     }
     meet_others();
-    const int64_t token = static_cast<int64_t>(tile) * kSparseTokens, output = static_cast<int64_t>(column) * kBlock;
-    for (int i = threadIdx.x; i < kSparseTokens * kBlock / 4; i += 128) {
-      const float4 run = *reinterpret_cast<const float4*>(board + (4 * i >> shift) * pitch + (4 * i & (width - 1)));
-      write_four(call.out, token, output, kBlock, i, run);
-    }
+    const SparseRuns runs = shape.runs(call.out, static_cast<int64_t>(tile) * kSparseTokens,
+                                       static_cast<int64_t>(column) * kBlock, sparse_runs(kBlock));
+    runs.write([&](int n) { return shape.at(board, n); });
     meet_others();
   }
 
