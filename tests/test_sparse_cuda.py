@@ -8,6 +8,8 @@ codes, each of which may lose a digit, 16 · 2^-24. A subnormal code counts ther
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,6 +28,12 @@ FORMATS = (
     *("1-5-2:subnormals=off", "1-0-7", "1-6-1", "p3109_k8p4", "1-2-1"),
 )
 PAIRS = (("e4m3fn", "e4m3fn"), ("e5m2", "1-3-4"), ("1-4-3:emax=8", "1-3-2"), ("1-2-1", "e5m2"))
+CASTS = (
+    *("e4m3fn", "e5m2", "1-4-3:emax=8", "1-4-3:emax=3", "1-5-2:emax=1", "1-5-2:specials=ieee", "1-4-3:specials=fnuz"),
+    *("1-5-2:subnormals=off", "p3109_k8p4", "1-2-1", "1-5-0", "bf16"),
+)
+HALF_FORMATS = ("e4m3fn", "1-4-3:emax=8", "1-2-1")
+"""Formats that float16 holds."""
 gpu = pytest.mark.gpu
 
 
@@ -294,31 +302,77 @@ def test_wide_values(dtype: torch.dtype, first: bool) -> None:
             )
 
 
+Product = tuple[Tensor, Tensor, Tensor, Tensor | None, int, bool, bool, list[int], list[int]]
+
+
+def check_casts(product: Product, formats: tuple[str, ...], roundings: tuple[int, ...]) -> None:
+    """Sums cast on the way out, or rounded to 16 bits, against float32 sums cast after it, to the bit."""
+    seed, offset = torch.tensor(12345678901234567), torch.tensor(5)
+    sums = _ops.sparse_matmul(*product, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = _ops.sparse_matmul(*product, dtype)
+        assert torch.equal(narrow.nan_to_num(7.0), sums.to(dtype).nan_to_num(7.0))
+    for name, rounding, saturate in itertools.product(formats, roundings, (False, True)):
+        words = (seed, offset) if rounding == 6 else (None, None)
+        for bits in (32, 16, 8) if rounding == 6 else (32,):
+            how = (list(lp.format(name).fields), rounding, saturate, *words, bits)
+            codes = _ops.sparse_matmul_cast(*product, *how, True, torch.float32)
+            assert torch.equal(codes, _ops.encode(sums, *how)), (name, rounding, saturate, bits)
+            for dtype in (torch.float32, torch.bfloat16, *((torch.float16,) if name in HALF_FORMATS else ())):
+                values = _ops.sparse_matmul_cast(*product, *how, False, dtype)
+                judge = _ops.quantize(sums, *how).to(dtype)
+                assert values.dtype == dtype
+                assert torch.equal(values.nan_to_num(7.0), judge.nan_to_num(7.0)), (name, rounding, saturate, dtype)
+
+
+def product_of(layer: Layer, tokens: int, first: bool, x_format: str | None = None) -> Product:
+    """A forward product of random numbers, one of them NaN where they are values."""
+    x_fmt = lp.format(x_format) if x_format else None
+    inputs, outputs = layer.mask.shape
+    shape = (inputs * layer.block, tokens) if first else (tokens, inputs * layer.block)
+    x, _ = operand(shape, layer.dtype, x_fmt)
+    if not x_fmt:
+        x[3, 5] = float("nan")
+    return x, layer.w, layer.tables.fprop, layer.gate, outputs, first, False, fields(x_fmt), fields(layer.fmt)
+
+
 @pytest.mark.sanitize
 @gpu
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_cast_of_sums(block: int, first: bool) -> None:
     layer = Layer((5, 6), block, torch.bfloat16)
-    table, outputs = layer.tables.fprop, 6
-    seed, offset = torch.tensor(12345678901234567), torch.tensor(5)
     for tokens in (40, 65):
-        x = torch.randn(5 * block, tokens, device="cuda").bfloat16()
-        x = x if first else x.T.contiguous()
-        x[3, 5] = float("nan")
-        where = (x, layer.w, table, None, outputs, first, False, [], [])
-        sums = _ops.sparse_matmul(*where, torch.float32)
-        for name in ("e4m3fn", "1-4-3:emax=3", "1-5-2:specials=ieee", "1-2-1", "1-5-0", "bf16"):
-            for rounding in (0, 2, 6):
-                words = (seed, offset) if rounding == 6 else (None, None)
-                how = (list(lp.format(name).fields), rounding, False, *words, 32)
-                codes = _ops.sparse_matmul_cast(*where, *how, True, torch.float32)
-                assert torch.equal(codes, _ops.encode(sums, *how))
-                for dtype in (torch.float32, torch.bfloat16):
-                    values = _ops.sparse_matmul_cast(*where, *how, False, dtype)
-                    judge = _ops.quantize(sums, *how).to(dtype)
-                    assert torch.equal(values.nan_to_num(7.0), judge.nan_to_num(7.0))
-                    assert values.dtype == dtype
+        check_casts(product_of(layer, tokens, first), ("e4m3fn", "1-4-3:emax=3", "1-5-0", "bf16"), (0, 2, 6))
+
+
+@gpu
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_casts_of_products_of_values(block: int, first: bool) -> None:
+    """Rows that end within four neighbours, or begin there; tokens in parts of columns, and without."""
+    layer = Layer((5, 6), block, torch.bfloat16)
+    for tokens in (6, 65, 68, 131):
+        check_casts(product_of(layer, tokens, first), CASTS, tuple(range(7)))
+
+
+@gpu
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_casts_of_products_of_codes(block: int, first: bool, gated: bool) -> None:
+    layer = Layer((5, 6), block, torch.bfloat16, "1-4-3:emax=8", gated)
+    for tokens in (7, 64, 66):
+        check_casts(product_of(layer, tokens, first, "1-3-2"), CASTS, (0, 1, 5, 6))
+
+
+@gpu
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_casts_of_parts(block: int, first: bool) -> None:
+    layer = long_layer(5, block)
+    for tokens in (33, 64, 125):
+        check_casts(product_of(layer, tokens, first), ("1-4-3:emax=8", "e4m3fn", "bf16"), (0, 3, 6))
 
 
 @gpu
@@ -388,19 +442,8 @@ class TestManyTokens:
     @pytest.mark.parametrize("first", [False, True])
     def test_cast_of_sums(self, first: bool) -> None:
         layer = self.random()
-        seed, offset = torch.tensor(12345678901234567), torch.tensor(5)
-        for tokens in (256, 259):
-            x = torch.randn(tokens, 60 * 64, device="cuda").bfloat16()
-            x = x.T.contiguous() if first else x
-            where = (x, layer.w, layer.tables.fprop, None, 62, first, False, [], [])
-            sums = _ops.sparse_matmul(*where, torch.float32)
-            for rounding, words in ((0, (None, None)), (2, (None, None)), (6, (seed, offset))):
-                how = (list(lp.format("e4m3fn").fields), rounding, False, *words, 32)
-                codes = _ops.sparse_matmul_cast(*where, *how, True, torch.float32)
-                assert torch.equal(codes, _ops.encode(sums, *how))
-                values = _ops.sparse_matmul_cast(*where, *how, False, torch.bfloat16)
-                judge = _ops.quantize(sums, *how).bfloat16()
-                assert torch.equal(values.nan_to_num(7.0), judge.nan_to_num(7.0))
+        for tokens in (256, 257, 260):
+            check_casts(product_of(layer, tokens, first), ("1-4-3:emax=8", "e4m3fn", "1-5-0", "bf16"), (0, 2, 6))
 
     @gpu
     def test_tokens_apart(self) -> None:

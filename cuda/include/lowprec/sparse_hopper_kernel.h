@@ -164,7 +164,7 @@ LOWPREC_DEVICE void write_run(const SparseOutput& out, int64_t row, int64_t plac
 
 /// Write a warp's sums, 16 outputs of 128 tokens, by rows of the result.
 LOWPREC_DEVICE void write_values(const SparseOutput& out, Pass& pass, int64_t token, int64_t output,
-                               const float (&sums)[kStageValues]) {
+                                 const float (&sums)[kStageValues]) {
   const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
 #pragma unroll
   for (int chunk = 0; chunk < 4; ++chunk) {

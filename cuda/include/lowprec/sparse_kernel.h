@@ -466,9 +466,9 @@ static __global__ void __launch_bounds__(kSparseThreads)
   await_dependence();
   const int count = sparse_runs(block), size = kSparseThreads * count;
   const auto* from = reinterpret_cast<const float4*>(call.partial) + static_cast<int64_t>(blockIdx.x) * size;
-  const SparseRuns runs = SparseBoard(call.out.first, block)
-                              .runs(call.out, static_cast<int64_t>(tile) * kSparseTokens,
-                                    static_cast<int64_t>(column) * block, count);
+  const SparseRuns runs =
+      SparseBoard(call.out.first, block)
+          .runs(call.out, static_cast<int64_t>(tile) * kSparseTokens, static_cast<int64_t>(column) * block, count);
   runs.write([&](int n) {
     const float4* terms = from + threadIdx.x + n * kSparseThreads;
     float4 sum = *terms;

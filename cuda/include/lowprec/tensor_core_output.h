@@ -29,6 +29,7 @@ struct SumCast {
   bool codes;
   bool quick;  // by floating-point additions, for numbers that are no NaN: in most formats
   bool plain;  // their shortest way: to nearest even, in formats that need nothing else
+  bool own;    // to the dtype's own format: a conversion
   int rounding;
   FloatQuantize<NearestEven> quantize;
   FloatEncode<NearestEven> encode;
@@ -45,7 +46,8 @@ struct SumCast {
         round(Layout::of(format), rounding, saturate || format.specials == Specials::finite),
         write(round.to, dtype),
         draws(draws) {
-    quick = quantize.grid.usable && (codes || !quantize.makes_nan());
+    own = !codes && write.same && rounding == 0 && !saturate && format.specials == Specials::ieee;
+    quick = own || (quantize.grid.usable && (codes || !quantize.makes_nan()));
     plain = quick && quantize.grid.plain && rounding == 0;
   }
 
@@ -56,11 +58,14 @@ struct SumCast {
     return quick && (kRandom || !round.choice.random);
   }
 
-  /// The bits of what is written of them: in float32, for values.
+  /// The bits of what is written of them: in float32, for values, to which `own` leaves the rounding.
   template <bool kRandom, int kCount>
   LOWPREC_DEVICE void quickly(const float (&sums)[kCount], int64_t index, uint32_t (&bits)[kCount]) const {
     float rounded[kCount];
-    if (plain) {
+    if (own) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) bits[i] = as_bits(sums[i]);
+    } else if (plain) {
       round_all<NearestEven, true>(sums, {}, rounded);
       finish_all<true>(sums, rounded, bits);
     } else {
@@ -138,10 +143,10 @@ static __device__ __noinline__ uint32_t cast_slowly(const SumCast& how, float su
   return how.slowly(sum, index);
 }
 
-/// Bits of a float32 value, or of a code, as an element.
+/// Bits of a float32 value that is no NaN, or of a code, as an element.
 LOWPREC_DEVICE uint32_t element_bits(const Output& out, uint32_t bits) {
   if (out.how.codes || out.bytes == 4) return bits;
-  return out.half ? __half_as_ushort(__float2half_rn(as_float(bits))) : bits >> 16;
+  return out.half ? __half_as_ushort(__float2half_rn(as_float(bits))) : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 
 /// The bits of a sum in the form that it is written in.
