@@ -242,14 +242,12 @@ void multiply(const Request& call, const PairDecode& x_codes, const PairDecode& 
 }
 
 /// Of codes by codes, by equal shares.
-void multiply_shares(const Request& call, const Format& x_format, const Format& w_format, const Result& result,
-                     const Tensor& out) {
+void multiply_shares(const Request& call, const Meeting& codes, const Result& result, const Tensor& out) {
   const Tensor x = call.first ? rows_of(call.x, true) : turned(call.x), w = blocks_of(call.w);
   const int major = major_of(x), memory = attribute(x, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   const SparseLine line = call.line();
   const Tensor partial = empty(x, {line.count, kSparseTokens * call.block()}, ScalarType::Float);
   const Tensor flags = empty(x, {line.count}, ScalarType::Int);
-  const PairDecode x_codes = meeting_decode(x_format), w_codes = meeting_decode(w_format);
   const SharesCall kernel{static_cast<const uint8_t*>(x.const_data_ptr()),
                           x.stride(0),
                           static_cast<const uint8_t*>(w.const_data_ptr()),
@@ -257,10 +255,10 @@ void multiply_shares(const Request& call, const Format& x_format, const Format& 
                           line,
                           static_cast<float*>(partial.mutable_data_ptr()),
                           static_cast<uint32_t*>(flags.mutable_data_ptr()),
-                          meeting_scale(x_format, x_codes.way) * meeting_scale(w_format, w_codes.way),
+                          codes.scale,
                           0,
-                          x_codes,
-                          w_codes,
+                          codes.x,
+                          codes.w,
                           written(call, x, result, out)};
   const auto launch = call.block() == 8    ? launch_shares<8>
                       : call.block() == 16 ? launch_shares<16>
@@ -298,11 +296,10 @@ bool multiply_many(const Request& call, bool half, const Result& result, const T
 /// By tensor cores: in `dtype`, bfloat16 or float16.
 void multiply_narrow(Request call, const std::optional<Format>& x, const std::optional<Format>& w, ScalarType dtype,
                      const Result& result, const Tensor& out) {
-  // As float16, whose products are the same numbers; but a gated weight is rounded into bfloat16.
-  const auto meets = [](const std::optional<Format>& format) {
-    return format && meeting_decode(*format).way != Decoding::none;
-  };
-  if (!call.gate && meets(x) && meets(w)) return multiply_shares(call, *x, *w, result, out);
+  // The products are the same numbers in either dtype; but a gated weight is rounded into `dtype`.
+  if (x && w && !call.gate) {
+    if (const auto codes = meeting(*x, *w)) return multiply_shares(call, *codes, result, out);
+  }
   const bool half = dtype == ScalarType::Half;
   if (!x && !w && multiply_many(call, half, result, out)) return;
   const auto prepare = [&](Tensor& operand, const std::optional<Format>& format) {

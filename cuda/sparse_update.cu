@@ -76,8 +76,19 @@ const float* gate_of(const Update& call) {
 /// Into which of 16-bit dtypes operands are made, if any.
 enum class Carrier { none, bfloat16, float16 };
 
+/// Whether both are codes of 8 bits that bfloat16 has by one multiplication.
+bool plain_codes(const Update& call) {
+  const auto plain = [](const Ints& fields) {
+    if (fields.empty()) return false;
+    const Format format = read_format(fields);
+    return format.bits() == 8 && holds<BFloat16>(format) && CodeReader<false>(format).is_plain();
+  };
+  return plain(call.x_format) && plain(call.dy_format);
+}
+
 Carrier carrier_of(const Update& call) {
   if (call.x.empty()) return Carrier::none;
+  if (plain_codes(call)) return Carrier::bfloat16;
   bool half = true, bfloat16 = true;
   const auto restrict_to = [&](const Tensor& x, const Ints& fields) {
     if (fields.empty()) {
@@ -136,7 +147,7 @@ int parts_of(const Update& call, int chunks) {
   return static_cast<int>(std::max<int64_t>(std::min<int64_t>(wanted, chunks / 4), 1));
 }
 
-template <int kSide, bool kFirst, bool kHalf, bool kBytes = false>
+template <int kSide, bool kFirst, bool kHalf, bool kBytes>
 void launch_tiles(const Update& call, UpdateCall update) {
   using Tile = UpdateTile<kSide, kFirst, kHalf, kBytes>;
   const int head = Tile::head, most = attribute(call.out, cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -153,8 +164,7 @@ void launch_tiles(const Update& call, UpdateCall update) {
   check_cuda(cudaGetLastError());
 }
 
-/// Whether codes stay bytes until they are in registers: e4m3fn and e5m2 in rows of 16 bytes. Before sm_90 tensor cores
-/// add 8 terms at a time, so that their order would change what is lost.
+/// Whether codes stay bytes until they are in registers: e4m3fn and e5m2, and plain ones, in rows of 16 bytes.
 bool takes_bytes(const Update& call) {
   if (call.x_format.empty() || call.dy_format.empty() || call.block == 8) return false;
   const auto simple = [](const Ints& fields) {
@@ -165,9 +175,16 @@ bool takes_bytes(const Update& call) {
     return quick_stride(x) != 0 && quick_stride(x) % 16 == 0 &&
            reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
   };
-  return simple(call.x_format) && simple(call.dy_format) && std::all_of(call.x.begin(), call.x.end(), whole) &&
+  const bool quick = plain_codes(call) || (simple(call.x_format) && simple(call.dy_format));
+  return quick && std::all_of(call.x.begin(), call.x.end(), whole) &&
          std::all_of(call.dy.begin(), call.dy.end(), whole) &&
          attribute(call.out, cudaDevAttrComputeCapabilityMajor) >= 9;
+}
+
+template <int kSide, bool kHalf, bool kBytes>
+void launch_layout(const Update& call, const UpdateCall& update) {
+  call.first ? launch_tiles<kSide, true, kHalf, kBytes>(call, update)
+             : launch_tiles<kSide, false, kHalf, kBytes>(call, update);
 }
 
 template <int kSide>
@@ -175,13 +192,10 @@ void launch_side(const Update& call, const UpdateCall& update) {
   const bool half = carrier_of(call) == Carrier::float16;
   if constexpr (kSide > 8) {
     if (takes_bytes(call)) {
-      return call.first ? launch_tiles<kSide, true, true, true>(call, update)
-                        : launch_tiles<kSide, false, true, true>(call, update);
+      return half ? launch_layout<kSide, true, true>(call, update) : launch_layout<kSide, false, true>(call, update);
     }
   }
-  if (call.first)
-    return half ? launch_tiles<kSide, true, true>(call, update) : launch_tiles<kSide, true, false>(call, update);
-  half ? launch_tiles<kSide, false, true>(call, update) : launch_tiles<kSide, false, false>(call, update);
+  half ? launch_layout<kSide, true, false>(call, update) : launch_layout<kSide, false, false>(call, update);
 }
 
 void launch(const Update& call, const UpdateCall& update) {
@@ -211,10 +225,53 @@ UpdateCall call_of(const Update& call, int64_t launch) {
   return update;
 }
 
+void add_parts(const Update& call, const UpdateOutput& out, int64_t parts) {
+  const auto blocks = static_cast<unsigned>(quotient_up(call.size(), 4 * kUpdateThreads));
+  add_parts_kernel<<<blocks, kUpdateThreads, 0, current_stream(call.out)>>>(out, static_cast<int>(parts), call.size(),
+                                                                            static_cast<int>(call.block * call.block));
+  check_cuda(cudaGetLastError());
+}
+
+/// Into how many rounds the tokens of a launch go: where operands are twice what the L2 cache holds or more, it holds
+/// those of a round. Tiles of small blocks read more the more of their inputs differ, so they soon are at tokens far
+/// apart, and what they share comes from memory again. Tiles of larger ones keep step, and have no need of rounds.
+int rounds_of(const Update& call, const UpdateCall& update) {
+  if (call.block > 16 || update.parts > 1 || update.chunks == 0) return 1;
+  const auto row = [&](const Tensor& x) { return x.size(!call.first) * (x.scalar_type() == ScalarType::Byte ? 1 : 2); };
+  const int64_t bytes = kUpdateChunk * update.chunks * (row(call.x[0]) + row(call.dy[0]));
+  const int64_t cache = std::max(attribute(call.out, cudaDevAttrL2CacheSize), 1);
+  return bytes < 2 * cache ? 1 : static_cast<int>(std::min<int64_t>(quotient_up(bytes, cache), update.chunks));
+}
+
+/// One round after the other, each adding its float32 sums to what those before it left.
+void in_rounds(const Update& call, std::vector<UpdateCall>& calls) {
+  const bool direct = call.out.scalar_type() == ScalarType::Float && !call.gate && call.beta == 0;
+  const Tensor sums = direct ? call.out : empty(call.out, {call.size()}, ScalarType::Float);
+  UpdateOutput to{sums.mutable_data_ptr(), nullptr, nullptr, 0, UpdateOutput::float32};
+  for (UpdateCall& each : calls) {
+    each.part_chunks = static_cast<int>(quotient_up(each.chunks, rounds_of(call, each)));
+    each.parts = 1;
+    for (; each.first_part * each.part_chunks < each.chunks; ++each.first_part) {
+      each.out = to;
+      launch(call, each);
+      to.beta = 1;
+    }
+  }
+  if (direct) return;
+  UpdateOutput out = call_of(call, 0).out;
+  out.sums = static_cast<float*>(sums.mutable_data_ptr());
+  add_parts(call, out, 1);
+}
+
 void by_tensor_cores(const Update& call) {
   std::vector<UpdateCall> calls;
-  int64_t parts = 0;
-  for (int64_t i = 0; i < launches(call); ++i) parts += calls.emplace_back(call_of(call, i)).parts;
+  int64_t parts = 0, rounds = 0;
+  for (int64_t i = 0; i < launches(call); ++i) {
+    const UpdateCall& each = calls.emplace_back(call_of(call, i));
+    parts += each.parts;
+    rounds = std::max<int64_t>(rounds, rounds_of(call, each));
+  }
+  if (rounds > 1) return in_rounds(call, calls);
   if (parts == 1) return launch(call, calls[0]);
   const Tensor sums = empty(call.out, {parts, call.size()}, ScalarType::Float);
   auto* next = static_cast<float*>(sums.mutable_data_ptr());
@@ -225,10 +282,7 @@ void by_tensor_cores(const Update& call) {
     launch(call, each);
     next += each.parts * call.size();
   }
-  const auto blocks = static_cast<unsigned>(quotient_up(call.size(), 4 * kUpdateThreads));
-  add_parts_kernel<<<blocks, kUpdateThreads, 0, current_stream(call.out)>>>(out, static_cast<int>(parts), call.size(),
-                                                                            static_cast<int>(call.block * call.block));
-  check_cuda(cudaGetLastError());
+  add_parts(call, out, parts);
 }
 
 // For every dtype.

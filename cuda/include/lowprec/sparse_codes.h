@@ -116,6 +116,9 @@ struct CodeReader {
     is_float16_top = direct && format.ebits == 5 && format.mbits == 2 && format.bias == 15 && ieee && format.subnormals;
   }
 
+  /// Whether all codes are finite values that one multiplication makes.
+  LOWPREC_INLINE bool is_plain() const { return !(has_special || zero_is_nan || flushes || through || rescale); }
+
   /// Whether these are codes of e4m3fn with its own bias.
   LOWPREC_INLINE bool is_own_e4m3() const { return is_e4m3 && e4m3_scale == codes::power_of_two<Float16>(0); }
 
@@ -134,6 +137,11 @@ struct CodeReader {
   LOWPREC_DEVICE uint2 operator()(uint32_t word) const {
     word <<= up;
     return {pair(__byte_perm(word, 0, 0x1404)), pair(__byte_perm(word, 0, 0x3424))};
+  }
+
+  /// Two codes of a plain format, in the upper bytes of their halves.
+  LOWPREC_DEVICE uint32_t plain_pair(uint32_t codes) const {
+    return codes::multiply<kHalf>((codes >> down & digits) | (codes & codes::signs), scale);
   }
 
   LOWPREC_DEVICE uint4 operator()(uint2 words) const {

@@ -10,7 +10,7 @@ namespace lowprec {
 
 /// What decoding takes, so that the loops over pairs have no branches: into bfloat16 or float16, of a format all of
 /// whose codes are finite values, or `special` ones, or those with an instruction or a byte of their own; or only the
-/// digits in float16's places, of codes of 8 bits or of fewer: numbers that lack a power of two.
+/// digits in either one's places, of codes of 8 bits or of fewer: numbers that lack a power of two.
 enum class Decoding : int {
   none,
   bfloat16,
@@ -18,8 +18,8 @@ enum class Decoding : int {
   float16,
   e4m3_float16,
   e5m2_float16,
-  digits_float16,
-  short_digits_float16
+  digits,
+  short_digits
 };
 
 LOWPREC_INLINE constexpr bool is_half(Decoding way) {
@@ -28,6 +28,8 @@ LOWPREC_INLINE constexpr bool is_half(Decoding way) {
 
 struct PairDecode {
   Decoding way = Decoding::none;
+  uint32_t down = 0;    // where digits go, if nothing else is done: shift
+  uint32_t digits = 0;  // and mask
   CodeReader<false> wide;
   CodeReader<true> half;
 
@@ -47,14 +49,21 @@ struct PairDecode {
       way = wide.has_special ? Decoding::special_bfloat16 : Decoding::bfloat16;
     }
   }
+
+  /// Take the digits alone, in the places of bfloat16 or float16.
+  void take_digits(const Format& format, bool to_half) {
+    way = format.bits() == 8 ? Decoding::digits : Decoding::short_digits;
+    down = to_half ? half.down : wide.down;
+    digits = to_half ? half.digits : wide.digits;
+  }
 };
 
 /// Two codes, in the upper bytes of a word's halves, shifted to their tops.
 template <Decoding kWay>
 LOWPREC_DEVICE uint32_t decode_pair(const PairDecode& by, uint32_t codes) {
   if constexpr (kWay == Decoding::e5m2_float16) return codes & 0xff00ff00u;
-  if constexpr (kWay == Decoding::digits_float16 || kWay == Decoding::short_digits_float16) {
-    return (codes >> by.half.down & by.half.digits) | (codes & codes::signs);
+  if constexpr (kWay == Decoding::digits || kWay == Decoding::short_digits) {
+    return (codes >> by.down & by.digits) | (codes & codes::signs);
   }
 #if __CUDA_ARCH__ >= 890
   if constexpr (kWay == Decoding::e4m3_float16) return codes::e4m3_to_half(codes);
@@ -75,7 +84,7 @@ LOWPREC_DEVICE uint32_t decode_pair(const PairDecode& by, uint32_t codes) {
 template <Decoding kWay>
 LOWPREC_DEVICE uint32_t raised(const PairDecode& by, uint32_t word) {
   constexpr bool whole =
-      kWay == Decoding::e4m3_float16 || kWay == Decoding::e5m2_float16 || kWay == Decoding::digits_float16;
+      kWay == Decoding::e4m3_float16 || kWay == Decoding::e5m2_float16 || kWay == Decoding::digits;
   return whole ? word : word << (is_half(kWay) ? by.half.up : by.wide.up);
 }
 
@@ -124,13 +133,17 @@ LOWPREC_DEVICE void for_decoding(Decoding way, F f) {
   }
 }
 
-/// The same for the ways in which codes meet codes.
-template <class F>
+/// The same for the ways in which codes meet codes, those of x or of w. Digits of w are float16's; where those of x are
+/// bfloat16's, w comes as bfloat16.
+template <bool kOfW, class F>
 LOWPREC_DEVICE void for_code_decoding(Decoding way, F f) {
   if (way == Decoding::e4m3_float16) return f.template operator()<Decoding::e4m3_float16>();
   if (way == Decoding::e5m2_float16) return f.template operator()<Decoding::e5m2_float16>();
-  if (way == Decoding::digits_float16) return f.template operator()<Decoding::digits_float16>();
-  f.template operator()<Decoding::short_digits_float16>();
+  if constexpr (kOfW) {
+    if (way == Decoding::bfloat16) return f.template operator()<Decoding::bfloat16>();
+  }
+  if (way == Decoding::digits) return f.template operator()<Decoding::digits>();
+  f.template operator()<Decoding::short_digits>();
 }
 
 }  // namespace lowprec

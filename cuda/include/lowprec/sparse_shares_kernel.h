@@ -3,7 +3,7 @@
 //
 // The last warp fills a ring of stages of 64 or 128 features by asynchronous copies, from one column on to the next.
 // The other four multiply 64 tokens, each 16 features of a stage (and 16 of its second half) by all b outputs, so that
-// everything is read, and decoded to float16, by one warp alone. Their sums are added up at a column's end. Slots
+// everything is read, and decoded to float16 or bfloat16, by one warp alone. Their sums are added up at a column's end. Slots
 // without a block are zeros.
 #pragma once
 
@@ -65,7 +65,7 @@ struct SharesConsumer {
     uint32_t words[2][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) load_matrices<true>(words[i], x + x_at[i]);
-    for_code_decoding(call.x_codes.way, [&]<Decoding kWay>() {
+    for_code_decoding<false>(call.x_codes.way, [&]<Decoding kWay>() {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const uint2 tokens = decode_columns<kWay>(call.x_codes, words[i / 4][i % 4]);
@@ -120,27 +120,28 @@ struct SharesConsumer {
     read_two_tiles<kWay>(b[0], words[0], words[1]);
   }
 
+  template <bool kHalf>
   LOWPREC_DEVICE void multiply_tiles(const uint32_t (&a)[4][4], const uint32_t (&b)[4], int tile) {
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      multiply_add<true>(sums[m][tile], a[m], b[0], b[1]);
-      if constexpr (kBlock > 8) multiply_add<true>(sums[m][tile + 1], a[m], b[2], b[3]);
+      multiply_add<kHalf>(sums[m][tile], a[m], b[0], b[1]);
+      if constexpr (kBlock > 8) multiply_add<kHalf>(sums[m][tile + 1], a[m], b[2], b[3]);
     }
   }
 
   LOWPREC_DEVICE void multiply(int step) {
     uint32_t a[4][4], b[2][4];
     load_x(a, step);
-    for_code_decoding(call.w_codes.way, [&]<Decoding kWay>() {
+    for_code_decoding<true>(call.w_codes.way, [&]<Decoding kWay>() {
       if constexpr (kBlock == 8) {
         read_small_w<kWay>(b[0], step);
-        multiply_tiles(a, b[0], 0);
+        multiply_tiles<is_half(kWay)>(a, b[0], 0);
       } else {
 #pragma unroll
         for (int tile = 0; tile < kTiles; tile += 4) {
           read_w<kWay>(b, step, tile);
-          multiply_tiles(a, b[0], tile);
-          if constexpr (kTiles > 2) multiply_tiles(a, b[1], tile + 2);
+          multiply_tiles<is_half(kWay)>(a, b[0], tile);
+          if constexpr (kTiles > 2) multiply_tiles<is_half(kWay)>(a, b[1], tile + 2);
         }
       }
     });

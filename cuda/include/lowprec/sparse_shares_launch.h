@@ -3,25 +3,51 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "lowprec/sparse_launch.h"
 #include "lowprec/sparse_shares_kernel.h"
 
 namespace lowprec {
 
-/// How the codes of a format meet codes: not at all, where decoding takes more.
-inline PairDecode meeting_decode(const Format& format) {
-  PairDecode decode(format, true);
-  if (decode.way != Decoding::float16) return decode;
-  decode.way = format.bits() == 8 ? Decoding::digits_float16 : Decoding::short_digits_float16;
-  return decode;
+/// How codes of x meet codes of w: as they are decoded, and the power of two that this leaves to the sums.
+struct Meeting {
+  PairDecode x;
+  PairDecode w;
+  float scale = 1;
+};
+
+/// As float16, the power of one operand. Digits are multiples of 2^-24 below 2^16; sums of their products are multiples
+/// of 2^-48, and with the powers of both from 2^-48 to 2^30 of 2^-96: normal numbers of float32, rounded as without.
+inline float leave_power(PairDecode& decode, const Format& format) {
+  if (decode.way != Decoding::float16) return 1;
+  decode.take_digits(format, true);
+  return std::ldexp(1.0F, Float16::bias - format.bias);
 }
 
-/// The power of two that this leaves to the sums. Digits are multiples of 2^-24 below 2^16; sums of their products are
-/// multiples of 2^-48, and with a power from 2^-48 to 2^30 of 2^-96: normal numbers of float32, rounded as without.
-inline float meeting_scale(const Format& format, Decoding way) {
-  const bool digits = way == Decoding::digits_float16 || way == Decoding::short_digits_float16;
-  return digits ? std::ldexp(1.0F, Float16::bias - format.bias) : 1.0F;
+/// Whether digits of x as bfloat16 meet those of w times 2^127. With e exponent bits, m digits and a bias of each:
+/// products are multiples of 2^(-125 - m - m), 2^-139 at the least, below 2^(2^e + 2^e - 127), 2^65 at the most; and as
+/// they are, with 2^(127 - bias - bias) more, of 2^-139 again and below 2^96. Sums of 2^31 of either are float32's: those
+/// below its normal numbers are exact, since their digits are there, the others are rounded as in any other range.
+inline bool meets_bfloat16(const Format& x, const Format& w) {
+  const int fields = (1 << x.ebits) + (1 << w.ebits), bias = x.bias + w.bias;
+  return fields <= 192 && bias >= 0 && bias <= BFloat16::bias && fields - bias <= 96;
+}
+
+/// Nothing, where decoding takes more.
+inline std::optional<Meeting> meeting(const Format& x, const Format& w) {
+  Meeting half{PairDecode(x, true), PairDecode(w, true)};
+  if (half.x.way != Decoding::none && half.w.way != Decoding::none) {
+    half.scale = leave_power(half.x, x) * leave_power(half.w, w);
+    return half;
+  }
+  Meeting wide{PairDecode(x, false), PairDecode(w, false)};
+  const bool finite = wide.x.way == Decoding::bfloat16 && wide.w.way == Decoding::bfloat16;
+  if (!finite || !meets_bfloat16(x, w)) return std::nullopt;
+  wide.x.take_digits(x, false);
+  wide.w.wide.scale = codes::power_of_two<BFloat16>(BFloat16::bias);
+  wide.scale = std::ldexp(1.0F, BFloat16::bias - x.bias - w.bias);
+  return wide;
 }
 
 /// Multiply as described, on a device with so many bytes of shared memory for a multiprocessor's thread blocks.

@@ -46,6 +46,7 @@ struct UpdateCall {
   int pairs;
   int parts;        // that the tokens are split into
   int part_chunks;  // chunks of each, the last may have fewer
+  int first_part;   // of this launch
   int chunks;       // of all pairs
   int block;
   int log_block;

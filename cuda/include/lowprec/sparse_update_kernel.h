@@ -93,6 +93,14 @@ struct UpdateCodes {
 #define LOWPREC_UPDATE 1
 #endif
 
+/// Whether codes may stay bytes. Before sm_90 tensor cores add 8 terms at a time, so that their order would change what
+/// is lost.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kUpdateTakesBytes = true;
+#else
+constexpr bool kUpdateTakesBytes = false;
+#endif
+
 LOWPREC_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -173,11 +181,19 @@ LOWPREC_DEVICE void wait_for_copies(int pending) {
   }
 }
 
-/// Four codes to a word as float16, two to a word: the lower two and the upper two, or those at even and at odd places.
-/// They are e5m2, which is float16's upper byte, or e4m3fn.
-template <bool kE5m2, bool kAlternate>
-LOWPREC_DEVICE uint2 read_codes(uint32_t word) {
-  if constexpr (kE5m2) {
+/// Codes that stay bytes until they are in registers: of e5m2, which is float16's upper byte, or e4m3fn; or of a plain
+/// format of 8 bits, as bfloat16.
+enum class UpdateBytes : int { e5m2, e4m3, plain };
+
+/// Four codes to a word as 16-bit values, two to a word: the lower two and the upper two, or those at even and at odd
+/// places.
+template <UpdateBytes kOf, bool kAlternate, bool kHalf>
+LOWPREC_DEVICE uint2 read_codes(const CodeReader<kHalf>& by, uint32_t word) {
+  if constexpr (kOf == UpdateBytes::plain) {
+    return {by.plain_pair(kAlternate ? word << 8 : __byte_perm(word, 0, 0x1404)),
+            by.plain_pair(kAlternate ? word : __byte_perm(word, 0, 0x3424))};
+  }
+  if constexpr (kOf == UpdateBytes::e5m2) {
     return {__byte_perm(word, 0, kAlternate ? 0x2404 : 0x1404),
             kAlternate ? word & 0xff00ff00u : __byte_perm(word, 0, 0x3424)};
   }
@@ -185,12 +201,12 @@ LOWPREC_DEVICE uint2 read_codes(uint32_t word) {
   return {codes::e4m3_to_half(static_cast<uint16_t>(word)), codes::e4m3_to_half(static_cast<uint16_t>(word >> 16))};
 }
 
-/// A thread block's work on a tile. With kBytes both operands are codes of e4m3fn or e5m2 and stay so in shared memory.
+/// A thread block's work on a tile. With kBytes both operands are codes and stay so in shared memory.
 template <int kSide, bool kFirst, bool kHalf, bool kBytes>
 class UpdateTile {
   using Fragment = UpdateFragment<kSide>;
   using Stage = UpdateStage<kFirst, kBytes>;
-  static_assert(!kBytes || (kHalf && kSide > 8));
+  static_assert(!kBytes || kSide > 8);
   /// Whether the instructions' rows and columns take features in pairs: ldmatrix turns bytes by twos.
   static constexpr bool paired = kBytes && !kFirst;
 
@@ -227,7 +243,7 @@ class UpdateTile {
     for (int i = threadIdx.x; i < 2 * call_.tile; i += kUpdateThreads) {
       slots_[i] = __ldg(i < call_.tile ? plan_.rows + i : plan_.columns + i - call_.tile);
     }
-    const int from = blockIdx.y * call_.part_chunks, to = min(from + call_.part_chunks, call_.chunks);
+    const int from = (call_.first_part + blockIdx.y) * call_.part_chunks, to = min(from + call_.part_chunks, call_.chunks);
     begin_ = UpdateCursor::at(call_, from);
     end_ = to == call_.chunks ? UpdateCursor{call_.pairs, 0} : UpdateCursor::at(call_, to);
     choose_stages(to - from);
@@ -429,7 +445,7 @@ class UpdateTile {
   /// Add the products of a stage of codes, decoded in the registers into which ldmatrix reads four a lane. With
   /// features first these are neighbouring tokens, and both operands' terms are in that order; else two tokens of two
   /// features.
-  template <bool kLeftE5m2, bool kRightE5m2, class Sums>
+  template <UpdateBytes kLeft, UpdateBytes kRight, class Sums>
   LOWPREC_DEVICE void multiply_codes(uint32_t base, int steps, int count, Sums& sum) const {
     constexpr int down = 2 * Fragment::down, across = Fragment::across;  // words of either operand
     const int pitch = stage_.pitch(), swizzle = kFirst ? stage_.swizzle(lane_ & 7) : 0;
@@ -456,9 +472,9 @@ class UpdateTile {
         }
         uint2 read[down + across];
 #pragma unroll
-        for (int n = 0; n < down; ++n) read[n] = read_codes<kLeftE5m2, !kFirst>(words[n]);
+        for (int n = 0; n < down; ++n) read[n] = read_codes<kLeft, !kFirst>(codes_.read[0], words[n]);
 #pragma unroll
-        for (int n = down; n < down + across; ++n) read[n] = read_codes<kRightE5m2, !kFirst>(words[n]);
+        for (int n = down; n < down + across; ++n) read[n] = read_codes<kRight, !kFirst>(codes_.read[1], words[n]);
 #pragma unroll
         for (int m = 0; m < Fragment::down; ++m) {
           const uint2 low = read[2 * m], high = read[2 * m + 1];
@@ -466,10 +482,10 @@ class UpdateTile {
 #pragma unroll
           for (int n = 0; n < across; ++n) {
             if constexpr (kFirst) {
-              multiply_add<true>(sum[i][m][n], a, read[down + n].x, read[down + n].y);
+              multiply_add<kHalf>(sum[i][m][n], a, read[down + n].x, read[down + n].y);
             } else {
               const uint2 early = read[down + n / 2 * 2], late = read[down + n / 2 * 2 + 1];  // tokens
-              multiply_add<true>(sum[i][m][n], a, n % 2 ? early.y : early.x, n % 2 ? late.y : late.x);
+              multiply_add<kHalf>(sum[i][m][n], a, n % 2 ? early.y : early.x, n % 2 ? late.y : late.x);
             }
           }
         }
@@ -480,12 +496,17 @@ class UpdateTile {
   /// The same with the formats as constants, so that nothing is asked in between.
   template <class Sums>
   LOWPREC_DEVICE void multiply_formats(uint32_t base, int steps, int count, Sums& sum) const {
-    if (codes_.read[0].is_float16_top) {
-      if (codes_.read[1].is_float16_top) return multiply_codes<true, true>(base, steps, count, sum);
-      return multiply_codes<true, false>(base, steps, count, sum);
+    using enum UpdateBytes;
+    if constexpr (kHalf) {
+      if (codes_.read[0].is_float16_top) {
+        if (codes_.read[1].is_float16_top) return multiply_codes<e5m2, e5m2>(base, steps, count, sum);
+        return multiply_codes<e5m2, e4m3>(base, steps, count, sum);
+      }
+      if (codes_.read[1].is_float16_top) return multiply_codes<e4m3, e5m2>(base, steps, count, sum);
+      multiply_codes<e4m3, e4m3>(base, steps, count, sum);
+    } else {
+      multiply_codes<plain, plain>(base, steps, count, sum);
     }
-    if (codes_.read[1].is_float16_top) return multiply_codes<false, true>(base, steps, count, sum);
-    multiply_codes<false, false>(base, steps, count, sum);
   }
 
   static LOWPREC_DEVICE void multiply_fragment(uint32_t left, uint32_t right, int beside,
@@ -654,8 +675,10 @@ template <int kSide, bool kFirst, bool kHalf, bool kBytes>
 __global__ void __launch_bounds__(kUpdateThreads, 2)
     update_kernel(const __grid_constant__ UpdateCall call, const __grid_constant__ UpdateCodes<kHalf> codes) {
 #ifdef LOWPREC_UPDATE
-  extern __shared__ __align__(128) unsigned char shared[];
-  UpdateTile<kSide, kFirst, kHalf, kBytes>(call, codes, shared).run();
+  if constexpr (!kBytes || kUpdateTakesBytes) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    UpdateTile<kSide, kFirst, kHalf, kBytes>(call, codes, shared).run();
+  }
 #endif
 }
 
