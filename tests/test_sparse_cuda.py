@@ -27,13 +27,23 @@ FORMATS = (
     *("e4m3fn", "e5m2", "1-4-3:emax=8", "1-5-2:emax=1", "1-3-4", "1-3-2", "1-4-3:specials=fnuz"),
     *("1-5-2:subnormals=off", "1-0-7", "1-6-1", "p3109_k8p4", "1-2-1"),
 )
-PAIRS = (("e4m3fn", "e4m3fn"), ("e5m2", "1-3-4"), ("1-4-3:emax=8", "1-3-2"), ("1-2-1", "e5m2"))
 CASTS = (
     *("e4m3fn", "e5m2", "1-4-3:emax=8", "1-4-3:emax=3", "1-5-2:emax=1", "1-5-2:specials=ieee", "1-4-3:specials=fnuz"),
     *("1-5-2:subnormals=off", "p3109_k8p4", "1-2-1", "1-5-0", "bf16"),
 )
 HALF_FORMATS = ("e4m3fn", "1-4-3:emax=8", "1-2-1")
 """Formats that float16 holds."""
+PAIRS = (
+    *(("e4m3fn", "e4m3fn"), ("e5m2", "1-3-4"), ("1-4-3:emax=8", "1-3-2"), ("1-2-1", "e5m2")),
+    *(("1-5-2:emax=1", "1-4-3:emax=8"), ("1-4-3:emax=8", "1-6-1:bias=40"), ("1-5-1:emax=1", "1-2-1")),
+)
+EDGES = (
+    *(("1-5-2:emax=1", "1-5-2:emax=1"), ("1-6-1:bias=62", "1-6-1:bias=62"), ("1-7-0:bias=60", "1-6-1:bias=40")),
+    *(("1-0-7:bias=5", "1-5-2:bias=100"), ("1-5-2:bias=31", "1-4-3:bias=-20"), ("1-5-0:emax=1", "1-0-7")),
+    *(("1-5-2:emax=1", "e4m3fn"), ("e5m2", "1-5-2:emax=1"), ("1-5-2:specials=ieee,bias=30", "1-4-3:emax=8")),
+    *(("1-5-2:subnormals=off", "1-5-2:emax=1"), ("p3109_k8p4", "1-5-2"), ("e5m2", "e4m3fn")),
+)
+"""Pairs of formats at the ends of the ranges of the quick kernel, and beyond, and with special values."""
 gpu = pytest.mark.gpu
 
 
@@ -202,6 +212,43 @@ def test_powers_of_two(block: int) -> None:
         layer.fmt = lp.format(f"1-4-3:emax={w_emax}")
         got = multiply(layer, x, True, False, lp.format(f"1-4-3:emax={x_emax}"), torch.float32)
         assert torch.equal(got, sums * 2.0 ** (x_emax + w_emax - 16))
+
+
+@gpu
+@pytest.mark.parametrize("block", BLOCKS)
+def test_powers_of_two_beyond_float16(block: int) -> None:
+    layer = long_layer(3, block, "1-4-3:emax=8")
+    x, _ = operand((150 * block, 65), layer.dtype, lp.format("1-5-2:emax=1"))
+    sums = multiply(layer, x, True, False, lp.format("1-5-2:emax=1"), torch.float32)
+    for x_emax, w_emax in ((20, 12), (14, 15), (-60, -20), (-90, 10)):
+        layer.fmt = lp.format(f"1-4-3:emax={w_emax}")
+        got = multiply(layer, x, True, False, lp.format(f"1-5-2:emax={x_emax}"), torch.float32)
+        assert torch.equal(got.double(), sums.double() * 2.0 ** (x_emax + w_emax - 9))
+
+
+@gpu
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_pair_of_codes(block: int, transpose: bool, first: bool) -> None:
+    """Sums of one term are that product, exactly: of each code of x, a token, and each of w, an output."""
+    for x_format, w_format in (*PAIRS, *EDGES):
+        x_fmt, w_fmt = lp.format(x_format), lp.format(w_format)
+        parts = max(1 << w_fmt.bits >> block.bit_length() - 1, 1)  # blocks that hold all codes of w
+        layer = Layer((3, 3), block, torch.bfloat16)
+        layer.mask = torch.ones((parts, 1) if transpose else (1, parts), dtype=torch.bool, device="cuda")
+        layer.blocks, layer.fmt = parts, w_fmt
+        layer.tables = tables_of(layer.mask, parts, block)
+        codes = torch.arange(parts * block, device="cuda").remainder(1 << w_fmt.bits).to(torch.uint8)
+        layer.w = torch.zeros(parts, block, block, dtype=torch.uint8, device="cuda")
+        layer.w[:, 5] = codes.view(parts, block)
+        layer.w = layer.w.transpose(1, 2).contiguous() if transpose else layer.w
+        x = torch.zeros(1 << x_fmt.bits, block, dtype=torch.uint8, device="cuda")
+        x[:, 5] = torch.arange(len(x), device="cuda").to(torch.uint8)
+        y = multiply(layer, x.T.contiguous() if first else x, first, transpose, x_fmt, torch.float32)
+        left, right = (lp.decode(c, f, dtype=torch.float64) for c, f in ((x[:, 5], x_fmt), (codes, w_fmt)))
+        exact = left[:, None] * right
+        assert torch.equal((y.T if first else y).double().nan_to_num(7.0), exact.nan_to_num(7.0)), (x_format, w_format)
 
 
 @gpu

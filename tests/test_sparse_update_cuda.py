@@ -29,8 +29,13 @@ RESULTS = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (
     *("e4m3fn", "e5m2", "1-4-3", "e4m3fnuz", "e5m2fnuz", "e4m3b11fnuz", "p3109_k8p4", "e3m4", "1-5-2:bias=16"),
     *("1-5-2:subnormals=off", "1-4-3:emax=12", "1-2-1", "1-0-7", "1-1-6:bias=-3", "1-6-1:bias=40", "1-7-0:bias=60"),
-    *("1-3-2:specials=ieee", "1-4-3:specials=fnuz,subnormals=off"),
+    *("1-3-2:specials=ieee", "1-4-3:specials=fnuz,subnormals=off", "1-5-2:emax=1"),
 )
+PAIRS = (
+    *itertools.product(("e4m3fn", "e5m2"), repeat=2),
+    *(("1-4-3:emax=8", "1-5-2:emax=1"), ("1-5-2:emax=1", "1-6-1:bias=40"), ("1-2-5", "1-0-7")),
+)
+"""Of formats that stay codes until they are in registers."""
 
 
 def layout_of(block: int, shape: tuple[int, int] = (13, 9), density: float = 0.4) -> BlockLayout:
@@ -121,6 +126,25 @@ def test_long_sums_are_split() -> None:
         check(layout, [pair_of(layout, n, features, torch.bfloat16, n) for n in (3000, 0, 65, 5001)], features, dtype)
 
 
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("block", [8, 16])
+def test_more_tokens_than_the_cache_holds(block: int, features: str) -> None:
+    """Small blocks take them by rounds, each of which adds to what those before it left."""
+    layout = layout_of(block, (2400 // block, 2400 // block))
+    tokens = int(2.3 * torch.cuda.get_device_properties(CUDA).L2_cache_size) // (layout.inputs + layout.outputs) // 2
+    counts = (tokens // 24 * 8, 0, tokens // 7, 65, tokens // 16 * 8)
+    pairs = [pair_of(layout, n, features, torch.bfloat16, i) for i, n in enumerate(counts)]
+    sums = sparse.weight_grad(pairs, layout, features=features, dtype=torch.float32)
+    assert_close(sums, *judge(pairs, layout, features), sum(counts))
+    gate = torch.randn(layout.blocks, device=CUDA)
+    gate[::3] = 0
+    for result, beta, factor in itertools.product(RESULTS, (0.0, 0.5), (None, gate)):
+        old = values(layout.weight_shape, result, 9) if beta else torch.full_like(sums, torch.nan, dtype=result)
+        gated = sums if factor is None else torch.where(gate[:, None, None] == 0, 0.0, sums * gate[:, None, None])
+        want = (gated + (old.float() * beta if beta else 0)).to(result)
+        assert_bits_equal(sparse.weight_grad(pairs, layout, features=features, out=old, beta=beta, gate=factor), want)
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize(("block", "features"), EACH)
 def test_strides(block: int, features: str) -> None:
@@ -207,6 +231,24 @@ def test_codes(fmt: str) -> None:
 
 
 @pytest.mark.parametrize(("block", "features"), EACH)
+def test_every_pair_of_codes(block: int, features: str) -> None:
+    """Sums of one term are that product, exactly, special values too."""
+    layout = BlockLayout(torch.ones(256 // block, 256 // block, dtype=torch.bool, device=CUDA), block)
+    more = (("1-5-2:bias=100", "1-0-7:bias=5"), ("1-7-0:bias=60", "1-6-1:bias=62"), ("1-2-1", "1-5-2:emax=1"))
+    special = (("e4m3fn", "1-5-2:emax=1"), ("1-5-2:emax=1", "e5m2"), ("1-5-2:specials=ieee,bias=30", "p3109_k8p4"))
+    for x_format, dy_format in (*PAIRS, *more, *special):
+        x, dy = (torch.zeros(16, 256, dtype=torch.uint8, device=CUDA) for _ in range(2))
+        for to, fmt in ((x, x_format), (dy, dy_format)):
+            to[5] = torch.arange(256, device=CUDA).remainder(1 << lp.format(fmt).bits).to(torch.uint8)
+        left, right = (lp.decode(c[5], f, dtype=torch.float64) for c, f in ((x, x_format), (dy, dy_format)))
+        pair = (x.T.contiguous(), dy.T.contiguous()) if features == "first" else (x, dy)
+        how = {"features": features, "x_format": x_format, "dy_format": dy_format}
+        found = sparse.weight_grad([pair], layout, dtype=torch.float32, **how)
+        expected = layout.from_dense(left[:, None] * right)
+        assert torch.equal(found.double().nan_to_num(7.0), expected.nan_to_num(7.0)), (x_format, dy_format)
+
+
+@pytest.mark.parametrize(("block", "features"), EACH)
 def test_codes_wherever_they_lie(block: int, features: str) -> None:
     """In rows of 16 bytes they stay bytes until they are in registers, in others they do not: the same bits."""
     layout = layout_of(block)
@@ -218,7 +260,7 @@ def test_codes_wherever_they_lie(block: int, features: str) -> None:
         view.copy_(codes)
         return view
 
-    for x_format, dy_format in itertools.product(("e4m3fn", "e5m2"), repeat=2):
+    for x_format, dy_format in PAIRS:
         tokens = (16, 80, 200, 31)
         wide = [pair_of(layout, n, features, torch.float32, n) for n in tokens]
         pairs = [(lp.encode(x, x_format), lp.encode(dy, dy_format)) for x, dy in wide]

@@ -10,10 +10,12 @@ namespace lowprec {
 
 /// What decoding takes, so that the loops over pairs have no branches: into bfloat16 or float16, of a format all of
 /// whose codes are finite values, or `special` ones, or those with an instruction or a byte of their own; or only the
-/// digits in either one's places, of codes of 8 bits or of fewer: numbers that lack a power of two.
+/// digits in either one's places: numbers that lack a power of two. Codes are of 8 bits or, if that is not known,
+/// raised to the tops of their bytes.
 enum class Decoding : int {
   none,
   bfloat16,
+  whole_bfloat16,
   special_bfloat16,
   float16,
   e4m3_float16,
@@ -83,8 +85,8 @@ LOWPREC_DEVICE uint32_t decode_pair(const PairDecode& by, uint32_t codes) {
 /// Codes shifted to the tops of their bytes, those that may be shorter.
 template <Decoding kWay>
 LOWPREC_DEVICE uint32_t raised(const PairDecode& by, uint32_t word) {
-  constexpr bool whole =
-      kWay == Decoding::e4m3_float16 || kWay == Decoding::e5m2_float16 || kWay == Decoding::digits;
+  constexpr bool whole = kWay == Decoding::e4m3_float16 || kWay == Decoding::e5m2_float16 || kWay == Decoding::digits ||
+                         kWay == Decoding::whole_bfloat16;
   return whole ? word : word << (is_half(kWay) ? by.half.up : by.wide.up);
 }
 
@@ -140,6 +142,7 @@ LOWPREC_DEVICE void for_code_decoding(Decoding way, F f) {
   if (way == Decoding::e4m3_float16) return f.template operator()<Decoding::e4m3_float16>();
   if (way == Decoding::e5m2_float16) return f.template operator()<Decoding::e5m2_float16>();
   if constexpr (kOfW) {
+    if (way == Decoding::whole_bfloat16) return f.template operator()<Decoding::whole_bfloat16>();
     if (way == Decoding::bfloat16) return f.template operator()<Decoding::bfloat16>();
   }
   if (way == Decoding::digits) return f.template operator()<Decoding::digits>();

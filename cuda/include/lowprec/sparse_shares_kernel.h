@@ -3,8 +3,8 @@
 //
 // The last warp fills a ring of stages of 64 or 128 features by asynchronous copies, from one column on to the next.
 // The other four multiply 64 tokens, each 16 features of a stage (and 16 of its second half) by all b outputs, so that
-// everything is read, and decoded to float16 or bfloat16, by one warp alone. Their sums are added up at a column's end. Slots
-// without a block are zeros.
+// everything is read, and decoded to float16 or bfloat16, by one warp alone. Their sums are added up at a column's end.
+// Slots without a block are zeros.
 #pragma once
 
 #include <cstdint>

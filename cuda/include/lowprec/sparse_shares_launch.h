@@ -27,8 +27,9 @@ inline float leave_power(PairDecode& decode, const Format& format) {
 
 /// Whether digits of x as bfloat16 meet those of w times 2^127. With e exponent bits, m digits and a bias of each:
 /// products are multiples of 2^(-125 - m - m), 2^-139 at the least, below 2^(2^e + 2^e - 127), 2^65 at the most; and as
-/// they are, with 2^(127 - bias - bias) more, of 2^-139 again and below 2^96. Sums of 2^31 of either are float32's: those
-/// below its normal numbers are exact, since their digits are there, the others are rounded as in any other range.
+/// they are, with 2^(127 - bias - bias) more, of 2^-139 again and below 2^96. Sums of 2^31 of either are float32's:
+/// those below its normal numbers are exact, since their digits are there, the others are rounded as in any other
+/// range.
 inline bool meets_bfloat16(const Format& x, const Format& w) {
   const int fields = (1 << x.ebits) + (1 << w.ebits), bias = x.bias + w.bias;
   return fields <= 192 && bias >= 0 && bias <= BFloat16::bias && fields - bias <= 96;
@@ -45,6 +46,7 @@ inline std::optional<Meeting> meeting(const Format& x, const Format& w) {
   const bool finite = wide.x.way == Decoding::bfloat16 && wide.w.way == Decoding::bfloat16;
   if (!finite || !meets_bfloat16(x, w)) return std::nullopt;
   wide.x.take_digits(x, false);
+  if (w.bits() == 8) wide.w.way = Decoding::whole_bfloat16;
   wide.w.wide.scale = codes::power_of_two<BFloat16>(BFloat16::bias);
   wide.scale = std::ldexp(1.0F, BFloat16::bias - x.bias - w.bias);
   return wide;

@@ -186,12 +186,11 @@ LOWPREC_DEVICE void wait_for_copies(int pending) {
 enum class UpdateBytes : int { e5m2, e4m3, plain };
 
 /// Four codes to a word as 16-bit values, two to a word: the lower two and the upper two, or those at even and at odd
-/// places.
+/// places, as those of a plain format always: it is less to do, and both operands' tokens are in one order all the same.
 template <UpdateBytes kOf, bool kAlternate, bool kHalf>
 LOWPREC_DEVICE uint2 read_codes(const CodeReader<kHalf>& by, uint32_t word) {
   if constexpr (kOf == UpdateBytes::plain) {
-    return {by.plain_pair(kAlternate ? word << 8 : __byte_perm(word, 0, 0x1404)),
-            by.plain_pair(kAlternate ? word : __byte_perm(word, 0, 0x3424))};
+    return {by.plain_pair(word << 8), by.plain_pair(word)};
   }
   if constexpr (kOf == UpdateBytes::e5m2) {
     return {__byte_perm(word, 0, kAlternate ? 0x2404 : 0x1404),
@@ -243,7 +242,8 @@ class UpdateTile {
     for (int i = threadIdx.x; i < 2 * call_.tile; i += kUpdateThreads) {
       slots_[i] = __ldg(i < call_.tile ? plan_.rows + i : plan_.columns + i - call_.tile);
     }
-    const int from = (call_.first_part + blockIdx.y) * call_.part_chunks, to = min(from + call_.part_chunks, call_.chunks);
+    const int part = call_.first_part + blockIdx.y, from = part * call_.part_chunks;
+    const int to = min(from + call_.part_chunks, call_.chunks);
     begin_ = UpdateCursor::at(call_, from);
     end_ = to == call_.chunks ? UpdateCursor{call_.pairs, 0} : UpdateCursor::at(call_, to);
     choose_stages(to - from);
