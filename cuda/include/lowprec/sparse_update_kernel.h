@@ -186,7 +186,7 @@ LOWPREC_DEVICE void wait_for_copies(int pending) {
 enum class UpdateBytes : int { e5m2, e4m3, plain };
 
 /// Four codes to a word as 16-bit values, two to a word: the lower two and the upper two, or those at even and at odd
-/// places, as those of a plain format always: it is less to do, and both operands' tokens are in one order all the same.
+/// places, as those of a plain format always: that is less to do, and tokens are in one order in both operands.
 template <UpdateBytes kOf, bool kAlternate, bool kHalf>
 LOWPREC_DEVICE uint2 read_codes(const CodeReader<kHalf>& by, uint32_t word) {
   if constexpr (kOf == UpdateBytes::plain) {
