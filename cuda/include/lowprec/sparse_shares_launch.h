@@ -25,9 +25,9 @@ inline float leave_power(PairDecode& decode, const Format& format) {
   return std::ldexp(1.0F, Float16::bias - format.bias);
 }
 
-/// Whether digits of x as bfloat16 meet those of w times 2^127. With e exponent bits, m digits and a bias of each:
-/// products are multiples of 2^(-125 - m - m), 2^-139 at the least, below 2^(2^e + 2^e - 127), 2^65 at the most; and as
-/// they are, with 2^(127 - bias - bias) more, of 2^-139 again and below 2^96. Sums of 2^31 of either are float32's:
+/// Whether digits of x as bfloat16 meet those of w times 2^127. Exponent fields, digits m and biases added up: products
+/// are multiples of 2^(-125 - m), 2^-139 at the least, below 2^(fields - 127), and with the power that they lack,
+/// 2^(127 - bias), multiples of 2^(2 - bias - m) below 2^(fields - bias). So sums of 2^31 are float32's on either side:
 /// those below its normal numbers are exact, since their digits are there, the others are rounded as in any other
 /// range.
 inline bool meets_bfloat16(const Format& x, const Format& w) {
