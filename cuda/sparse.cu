@@ -20,6 +20,7 @@ namespace {
 constexpr Format kBFloat16{8, 7, 127, Specials::ieee, true};
 constexpr Format kFloat16{5, 10, 15, Specials::ieee, true};
 constexpr int64_t kPlainBlocks = 1 << 16;
+constexpr int64_t kDecodedTokens = 512;  // from which on codes are decoded beforehand if warpgroups serve them then
 
 /// A product as it is asked for.
 struct Request {
@@ -267,12 +268,15 @@ void multiply_shares(const Request& call, const Meeting& codes, const Result& re
   check_cuda(launch(kernel, call.transpose, memory, major >= 9, current_stream(x)));
 }
 
-/// Of many tokens on Hopper, by warpgroups. Whether it did.
-bool multiply_many(const Request& call, bool half, const Result& result, const Tensor& out) {
+/// Whether warpgroups serve a product of values.
+bool takes_warpgroups(const Request& call) {
+  return !call.gate && call.block() == kHopperBlock && hopper_serves(call.tokens(), call.blocks()) &&
+         major_of(call.x) == 9;
+}
+
+/// Of many tokens on Hopper, by warpgroups.
+void multiply_many(const Request& call, bool half, const Result& result, const Tensor& out) {
   const int64_t tokens = call.tokens();
-  if (call.gate || call.block() != kHopperBlock || !hopper_serves(tokens, call.blocks()) || major_of(call.x) != 9) {
-    return false;
-  }
   const Tensor x = rows_of(call.x, call.first), w = blocks_of(call.w);
   const Tensor partial = empty(x, {hopper_partials(tokens)}, ScalarType::Float);
   const Tensor flags = empty(x, {hopper_flags(tokens)}, ScalarType::Int);
@@ -290,18 +294,22 @@ bool multiply_many(const Request& call, bool half, const Result& result, const T
                                 call.transpose,
                                 written(call, x, result, out)};
   check_cuda(launch_sparse_hopper(kernel, current_stream(x)));
-  return true;
 }
 
 /// By tensor cores: in `dtype`, bfloat16 or float16.
 void multiply_narrow(Request call, const std::optional<Format>& x, const std::optional<Format>& w, ScalarType dtype,
                      const Result& result, const Tensor& out) {
+  const bool half = dtype == ScalarType::Half;
+  const bool many = (!x && !w) || (x && w && call.tokens() >= kDecodedTokens);
+  if (many && takes_warpgroups(call)) {
+    if (x) call.x = decode_codes(call.x, fields_of(*x), dtype);
+    if (w) call.w = decode_codes(call.w, fields_of(*w), dtype);
+    return multiply_many(call, half, result, out);
+  }
   // The products are the same numbers in either dtype; but a gated weight is rounded into `dtype`.
   if (x && w && !call.gate) {
     if (const auto codes = meeting(*x, *w)) return multiply_shares(call, *codes, result, out);
   }
-  const bool half = dtype == ScalarType::Half;
-  if (!x && !w && multiply_many(call, half, result, out)) return;
   const auto prepare = [&](Tensor& operand, const std::optional<Format>& format) {
     const PairDecode decode = format ? PairDecode(*format, half) : PairDecode();
     if (format && decode.way == Decoding::none) operand = decode_codes(operand, fields_of(*format), dtype);

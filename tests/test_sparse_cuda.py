@@ -468,6 +468,18 @@ class TestManyTokens:
         for tokens in (256, 257, 300):
             check(layer, tokens, first, transpose, None, dtype)
 
+    @gpu
+    @pytest.mark.parametrize("first", [False, True])
+    @pytest.mark.parametrize("transpose", [False, True])
+    def test_codes(self, transpose: bool, first: bool) -> None:
+        """Decoded beforehand from 512 tokens on."""
+        layer = self.random()
+        for x_format, w_format in (*PAIRS, ("1-5-2:subnormals=off", "p3109_k8p4")):
+            layer.fmt = lp.format(w_format)
+            layer.w, layer.w_values = operand((layer.blocks, 64, 64), layer.dtype, layer.fmt)
+            for tokens in (511, 512, 700):
+                check(layer, tokens, first, transpose, x_format, torch.float32)
+
     @pytest.mark.sanitize
     @gpu
     @pytest.mark.parametrize("first", [False, True])
