@@ -40,12 +40,11 @@ int attribute(const Tensor& x, cudaDeviceAttr which) {
 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Bytes from row to row if 8 elements, of 1 or 2 bytes each, may be copied at once, else 0.
+/// Bytes from row to row, of codes or 16-bit values, if 16 may be copied at once, else 0.
 int quick_stride(const Tensor& x) {
-  const int64_t size = x.scalar_type() == ScalarType::Byte ? 1 : 2, stride = x.size(0) > 1 ? x.stride(0) : 8;
-  const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % static_cast<uintptr_t>(8 * size) == 0;
-  const bool quick = aligned && x.stride(1) == 1 && stride % 8 == 0 && stride < 1 << 30;
-  return quick ? static_cast<int>(stride * size) : 0;
+  const int64_t size = x.scalar_type() == ScalarType::Byte ? 1 : 2, bytes = x.size(0) > 1 ? x.stride(0) * size : 16;
+  const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && bytes % 16 == 0;
+  return aligned && x.stride(1) == 1 && bytes < 1 << 30 ? static_cast<int>(bytes) : 0;
 }
 
 UpdateOperand operand_of(const Tensor& x, bool first) {
@@ -102,10 +101,6 @@ Carrier carrier_of(const Update& call) {
   };
   restrict_to(call.x[0], call.x_format);
   restrict_to(call.dy[0], call.dy_format);
-  const auto through = [](const Ints& fields) {
-    return !fields.empty() && CodeReader<true>(read_format(fields)).through;
-  };
-  if (half && bfloat16 && (through(call.x_format) || through(call.dy_format))) return Carrier::bfloat16;
   return half ? Carrier::float16 : bfloat16 ? Carrier::bfloat16 : Carrier::none;
 }
 
@@ -134,8 +129,7 @@ UpdateCodes<kHalf> codes_of(const Update& call) {
   UpdateCodes<kHalf> codes{};
   const Ints* const formats[2] = {&call.x_format, &call.dy_format};
   for (int i = 0; i < 2; ++i) {
-    codes.codes[i] = !formats[i]->empty();
-    if (codes.codes[i]) codes.read[i] = CodeReader<kHalf>(read_format(*formats[i]));
+    if (!formats[i]->empty()) codes.read[i] = CodeReader<kHalf>(read_format(*formats[i]));
   }
   return codes;
 }
@@ -169,12 +163,9 @@ bool takes_bytes(const Update& call) {
   if (call.x_format.empty() || call.dy_format.empty() || call.block == 8) return false;
   const auto simple = [](const Ints& fields) {
     const CodeReader<true> reader(read_format(fields));
-    return reader.is_float16_top || reader.is_own_e4m3();
+    return reader.is_float16_top || reader.is_own_e4m3;
   };
-  const auto whole = [](const Tensor& x) {
-    return quick_stride(x) != 0 && quick_stride(x) % 16 == 0 &&
-           reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  };
+  const auto whole = [](const Tensor& x) { return quick_stride(x) != 0; };
   const bool quick = plain_codes(call) || (simple(call.x_format) && simple(call.dy_format));
   return quick && std::all_of(call.x.begin(), call.x.end(), whole) &&
          std::all_of(call.dy.begin(), call.dy.end(), whole) &&
@@ -263,7 +254,8 @@ void in_rounds(const Update& call, std::vector<UpdateCall>& calls) {
   add_parts(call, out, 1);
 }
 
-void by_tensor_cores(const Update& call) {
+/// In one launch, or several whose sums are added up.
+void multiply(const Update& call) {
   std::vector<UpdateCall> calls;
   int64_t parts = 0, rounds = 0;
   for (int64_t i = 0; i < launches(call); ++i) {
@@ -283,6 +275,23 @@ void by_tensor_cores(const Update& call) {
     next += each.parts * call.size();
   }
   add_parts(call, out, parts);
+}
+
+/// Codes as values, if that is what they are.
+Tensors values_of(const Tensors& operands, const Ints& format, ScalarType dtype) {
+  if (format.empty()) return operands;
+  Tensors values;
+  for (const Tensor& each : operands) values.push_back(decode_codes(each, format, dtype));
+  return values;
+}
+
+/// Codes that may not stay bytes are decoded beforehand: tiles would do it each for itself.
+void by_tensor_cores(const Update& call) {
+  if (takes_bytes(call)) return multiply(call);
+  const ScalarType dtype = carrier_of(call) == Carrier::float16 ? ScalarType::Half : ScalarType::BFloat16;
+  const Tensors x = values_of(call.x, call.x_format, dtype), dy = values_of(call.dy, call.dy_format, dtype);
+  const Ints none;
+  multiply({x, dy, call.table, call.gate, call.weights, call.block, call.first, none, none, call.out, call.beta});
 }
 
 // For every dtype.

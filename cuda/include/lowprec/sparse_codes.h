@@ -3,10 +3,11 @@
 // A code's magnitude, shifted so that its exponent field lies in the exponent field of the 16-bit dtype, is that
 // dtype's number for the value times a power of two; one multiplication, exact since the dtype holds the value, takes
 // that away again. Subnormal codes need nothing of their own: they are subnormal there, too. What is not finite is put
-// right after that by integers, as are the numbers that a format without subnormals lacks.
+// right after that by integers. Formats that need more are decoded before a kernel begins.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "lowprec/container.h"
 #include "lowprec/format.h"
@@ -47,15 +48,6 @@ LOWPREC_DEVICE uint32_t multiply(uint32_t x, uint32_t y) {
   return result;
 }
 
-/// Two bfloat16 as float16.
-LOWPREC_DEVICE uint32_t to_half(uint32_t pair) {
-  uint32_t result;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;"
-      : "=r"(result)
-      : "f"(__uint_as_float(pair & 0xffff0000u)), "f"(__uint_as_float(pair << 16)));
-  return result;
-}
-
 /// Two codes of e4m3fn, the first in the lower byte, as float16.
 LOWPREC_DEVICE uint32_t e4m3_to_half(uint16_t codes) {
   uint32_t result = 0;
@@ -80,105 +72,51 @@ LOWPREC_DEVICE uint32_t e4m3_to_half(uint32_t pair) {
 /// hold the format.
 template <bool kHalf>
 struct CodeReader {
-  static constexpr int batch = 1;  // whose code is short enough to stand several times
-
   uint32_t down;                // shift of a magnitude that lies below bit 15
   uint32_t digits;              // mask of the shifted magnitude
-  uint32_t scale;               // powers of two that are left
-  uint32_t rescale;             // a second one, for values beyond the first one's reach, or 0
-  uint32_t e4m3_scale;          // what is left after the hardware's conversion
+  uint32_t scale;               // power of two that is left
   uint32_t special;             // 2^15 less the first magnitude that is not finite
   uint32_t payload;             // mask of its digits that stay: those by which IEEE 754 tells NaN from infinity
   uint32_t set;                 // and the bits that come
-  uint32_t normal;              // 2^15 less the first magnitude that is no zero, where subnormals are off
-  uint32_t kept;                // what is left of the others
   uint8_t up;                   // shift that brings a code's sign to the top of its byte
+  bool is_simple = false;       // one multiplication makes all finite values: else this reads nothing
   bool has_special = false;     // magnitudes
-  bool zero_is_nan = false;     // the code of -0 is NaN
-  bool flushes = false;         // subnormals are off
-  bool through = false;         // float16 by way of bfloat16
-  bool is_e4m3 = false;         // up to its bias
+  bool is_own_e4m3 = false;     // e4m3fn with its own bias, which devices convert
   bool is_float16_top = false;  // the upper byte of the float16, for e5m2
 
   CodeReader() = default;
 
   explicit CodeReader(const Format& format) {
-    const bool direct = kHalf && reaches_half(format);
-    through = kHalf && !direct;
-    if (direct) {
-      fill<Float16>(format);
-    } else {
-      fill<BFloat16>(format);
-    }
+    using C = std::conditional_t<kHalf, Float16, BFloat16>;
+    const int power = C::bias - format.bias;
+    if ((kHalf && !reaches_half(format)) || power > C::bias) return;
+    is_simple = format.has_negative_zero() && format.subnormals;
+    fill<C>(format, power);
     const bool fn = format.specials == Specials::fn, ieee = format.specials == Specials::ieee;
-    is_e4m3 = direct && format.ebits == 4 && format.mbits == 3 && fn && format.subnormals;
-    e4m3_scale = is_e4m3 ? codes::power_of_two<Float16>(7 - format.bias) : 0;
-    is_float16_top = direct && format.ebits == 5 && format.mbits == 2 && format.bias == 15 && ieee && format.subnormals;
+    is_own_e4m3 = kHalf && format.ebits == 4 && format.mbits == 3 && fn && format.subnormals && format.bias == 7;
+    is_float16_top = kHalf && format.ebits == 5 && format.mbits == 2 && ieee && format.subnormals && format.bias == 15;
   }
 
   /// Whether all codes are finite values that one multiplication makes.
-  LOWPREC_INLINE bool is_plain() const { return !(has_special || zero_is_nan || flushes || through || rescale); }
-
-  /// Whether these are codes of e4m3fn with its own bias.
-  LOWPREC_INLINE bool is_own_e4m3() const { return is_e4m3 && e4m3_scale == codes::power_of_two<Float16>(0); }
+  LOWPREC_INLINE bool is_plain() const { return is_simple && !has_special; }
 
 #ifdef __CUDACC__
-
-  /// Whether the device converts these codes as they are.
-  LOWPREC_DEVICE bool is_native() const {
-#if __CUDA_ARCH__ >= 890
-    return kHalf && is_own_e4m3();
-#else
-    return false;
-#endif
-  }
-
-  /// Four codes, the first in the lowest byte.
-  LOWPREC_DEVICE uint2 operator()(uint32_t word) const {
-    word <<= up;
-    return {pair(__byte_perm(word, 0, 0x1404)), pair(__byte_perm(word, 0, 0x3424))};
-  }
 
   /// Two codes of a plain format, in the upper bytes of their halves.
   LOWPREC_DEVICE uint32_t plain_pair(uint32_t codes) const {
     return codes::multiply<kHalf>((codes >> down & digits) | (codes & codes::signs), scale);
   }
 
-  LOWPREC_DEVICE uint4 operator()(uint2 words) const {
-    const uint2 low = (*this)(words.x), high = (*this)(words.y);
-    return {low.x, low.y, high.x, high.y};
-  }
-
-  /// Two codes, in the upper bytes of their halves.
+  /// Two codes of a simple one.
   LOWPREC_DEVICE uint32_t pair(uint32_t codes) const {
-    if constexpr (kHalf) {
-      if (is_float16_top) return codes;
-#if __CUDA_ARCH__ >= 890
-      if (is_e4m3) return codes::multiply<true>(codes::e4m3_to_half(codes), e4m3_scale);
-#endif
-      if (!through) return shifted<true>(codes);
-      return codes::to_half(shifted<false>(codes));
-    } else {
-      return shifted<false>(codes);
-    }
+    const uint32_t result = plain_pair(codes);
+    if (!has_special) return result;
+    const uint32_t sign = codes & codes::signs, magnitude = codes >> down & digits;
+    const uint32_t found = everywhere((magnitude + special) & codes::signs);
+    return (result & ~found) | ((sign | (magnitude & payload) | set) & found);
   }
 
  private:
-  template <bool kToHalf>
-  LOWPREC_DEVICE uint32_t shifted(uint32_t codes) const {
-    const uint32_t sign = codes & codes::signs, magnitude = (codes >> down) & digits;
-    uint32_t result = codes::multiply<kToHalf>(sign | magnitude, scale);
-    if (rescale) result = codes::multiply<kToHalf>(result, rescale);
-    if (flushes) result &= everywhere((magnitude + normal) & codes::signs) | kept;
-    if (has_special) {
-      const uint32_t found = everywhere((magnitude + special) & codes::signs);
-      const uint32_t value = sign | (magnitude & payload) | set;
-      result = (result & ~found) | (value & found);
-    }
-    if (zero_is_nan) result |= everywhere(sign & ~(magnitude + ~codes::signs)) & ~codes::signs;
-    return result;
-  }
-
   /// The top bit of each half, in all its bits.
   static LOWPREC_DEVICE uint32_t everywhere(uint32_t tops) { return tops | (tops - (tops >> 15)); }
 
@@ -192,23 +130,17 @@ struct CodeReader {
   }
 
   template <class C>
-  void fill(const Format& format) {
+  void fill(const Format& format, int power) {
     using codes::both;
     up = static_cast<uint8_t>(8 - format.bits());
     down = static_cast<uint32_t>(C::exponent_bits - format.ebits);
     const auto place = [&](uint32_t code) { return code << (16 - format.bits()) >> down; };
     digits = place(format.top_code()) * both;
-    const int power = C::bias - format.bias, first = power < C::bias ? power : C::bias;
-    scale = codes::power_of_two<C>(first);
-    rescale = power > first ? codes::power_of_two<C>(power - first) : 0;
+    scale = codes::power_of_two<C>(power);
     has_special = format.max_code() < format.top_code();
-    zero_is_nan = !format.has_negative_zero();
     special = (0x8000u - place(format.max_code() + 1)) * both;
     payload = format.specials == Specials::ieee ? ((1u << C::fraction_bits) - 1) * both : 0;
     set = static_cast<uint32_t>(format.has_infinity() ? C::infinity : C::sign - 1) * both;
-    flushes = !format.subnormals;
-    normal = (0x8000u - place(1u << format.mbits)) * both;
-    kept = zero_is_nan ? 0 : codes::signs;
   }
 };
 

@@ -144,22 +144,36 @@ LOWPREC_DEVICE void for_items(const HopperLine& line, int share, F f) {
 
 // Results.
 
-/// Not inline, and no random words at hand: a thread's other sums are in registers meanwhile.
-static __device__ __noinline__ void write_cast(const SparseOutput& out, int64_t index, float4 run, int count) {
-  if (out.form == RunForm::any) return write_any<false>(out, index, run, count);
-  out.codes.plain ? write_codes<true>(out, index, run) : write_codes<false>(out, index, run);
-}
+/// The runs of a warp's pass that a thread writes.
+class PassRuns {
+ public:
+  LOWPREC_DEVICE PassRuns(const SparseOutput& out, const Pass& pass, int64_t token, int64_t output)
+      : runs_(runs(out, token, output)), from_(pass + place(out.first)), step_(out.first ? 4 * kPassRow : 8 * kPassColumn) {}
 
-/// Four neighbours of a row of the result, from `place` on. With as little as can be that stays in registers.
-LOWPREC_DEVICE void write_run(const SparseOutput& out, int64_t row, int64_t place, float4 run) {
-  const int64_t left = out.tokens - (out.first ? place : row);
-  if (left <= 0) return;
-  const int64_t index = row * (out.first ? out.tokens : out.features) + place;
-  if (out.casts()) {
-    write_cast(out, index, run, out.first && left < 4 ? static_cast<int>(left) : 4);
-  } else {
-    write_sums(out, index, run);
+  LOWPREC_DEVICE void write_sums() const { runs_.write_sums(*this); }
+  LOWPREC_DEVICE void write_cast() const { runs_.write_cast<4>(*this); }
+
+  LOWPREC_DEVICE float4 operator()(int n) const { return *reinterpret_cast<const float4*>(from_ + n * step_); }
+
+ private:
+  static LOWPREC_DEVICE int row(bool first) { return threadIdx.x % 32 / (first ? 8 : 4); }
+  static LOWPREC_DEVICE int column(bool first) { return threadIdx.x % (first ? 8 : 4) * 4; }
+  static LOWPREC_DEVICE int place(bool first) { return row(first) * (first ? kPassRow : kPassColumn) + column(first); }
+
+  static LOWPREC_DEVICE SparseRuns runs(const SparseOutput& out, int64_t token, int64_t output) {
+    const bool first = out.first;
+    return {out, (first ? output : token) + row(first), (first ? token : output) + column(first), first ? 4 : 8, 4};
   }
+
+  SparseRuns runs_;
+  const float* from_;
+  int step_;
+};
+
+/// Not inline, as it would be four times.
+static __device__ __noinline__ void write_cast(const SparseOutput& out, const Pass& pass, int64_t token,
+                                               int64_t output) {
+  PassRuns(out, pass, token, output).write_cast();
 }
 
 /// Write a warp's sums, 16 outputs of 128 tokens, by rows of the result.
@@ -183,15 +197,10 @@ LOWPREC_DEVICE void write_values(const SparseOutput& out, Pass& pass, int64_t to
       }
     }
     __syncwarp();
-#pragma unroll 1
-    for (int i = lane; i < 128; i += 32) {
-      if (out.first) {
-        const float4 run = *reinterpret_cast<const float4*>(pass + i / 8 * kPassRow + i % 8 * 4);
-        write_run(out, output + i / 8, first_token + i % 8 * 4, run);
-      } else {
-        const float4 run = *reinterpret_cast<const float4*>(pass + i / 4 * kPassColumn + i % 4 * 4);
-        write_run(out, first_token + i / 4, output + i % 4 * 4, run);
-      }
+    if (out.casts()) {
+      write_cast(out, pass, first_token, output);
+    } else {
+      PassRuns(out, pass, first_token, output).write_sums();
     }
   }
 }
@@ -381,8 +390,9 @@ LOWPREC_DEVICE void consume(const SparseHopperCall& call, SparseRing<kGroups>& r
 
 #endif
 
+/// 288 threads may have 224 registers each. Told their number, the compiler counts whole warpgroups, and spills at 168.
 template <int kGroups, bool kHalf, bool kTranspose, bool kFirst>
-__global__ void __launch_bounds__(SparseRing<kGroups>::kThreads, 1)
+__global__ void __maxnreg__(224)
     sparse_hopper_kernel(const __grid_constant__ SparseHopperCall call, const __grid_constant__ CUtensorMap x,
                          const __grid_constant__ CUtensorMap w) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

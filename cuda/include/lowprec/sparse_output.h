@@ -50,21 +50,20 @@ LOWPREC_DEVICE void write_sums(const SparseOutput& out, int64_t index, float4 ru
   }
 }
 
-/// Likewise as codes.
+/// Four sums as codes.
 template <bool kPlain>
-LOWPREC_DEVICE void write_codes(const SparseOutput& out, int64_t index, float4 run) {
+LOWPREC_DEVICE uint32_t codes_of(const SparseOutput::Codes& codes, float4 run) {
   using Op = SparseOutput::Codes::Op;
   const Inputs<Op> sums{as_bits(run.x), as_bits(run.y), as_bits(run.z), as_bits(run.w)};
   Outputs<Op> result;
-  out.codes.apply<kPlain>(sums, {}, result);
-  static_cast<uint32_t*>(out.to.data)[index >> 2] = result.word(0);
+  codes.apply<kPlain>(sums, {}, result);
+  return result.word(0);
 }
 
 /// So many of four sums in any form, at any place.
-template <bool kRandom = true>
 LOWPREC_DEVICE void write_any(const SparseOutput& out, int64_t index, float4 run, int count) {
   const float sums[4] = {run.x, run.y, run.z, run.w};
-  store_four<kRandom>(out.to, index, sums, count);
+  store_four(out.to, index, sums, count);
 }
 
 /// So many runs of four neighbours, as many rows of the result apart: tokens where features come first, else features.
@@ -78,29 +77,52 @@ struct SparseRuns {
   /// Write those that lie not beyond the last token; read(n) has the sums of the n-th.
   template <class Read>
   LOWPREC_DEVICE void write(Read read) const {
-    if (!out.casts()) {
-      for_each(read, [&](int64_t index, float4 run, int) { write_sums(out, index, run); });
-    } else if (out.form == RunForm::any) {
+    out.casts() ? write_cast(read) : write_sums(read);
+  }
+
+  /// Where nothing is cast.
+  template <class Read>
+  LOWPREC_DEVICE void write_sums(Read read) const {
+    for_each(read, [&](int64_t index, float4 run, int) { lowprec::write_sums(out, index, run); });
+  }
+
+  /// In the other forms; so many codes are read before the first one is written.
+  template <int kAhead = 1, class Read>
+  LOWPREC_DEVICE void write_cast(Read read) const {
+    if (out.form == RunForm::any) {
       for_each(read, [&](int64_t index, float4 run, int n) { write_any(out, index, run, n); });
-    } else if (out.codes.plain) {
-      for_each(read, [&](int64_t index, float4 run, int) { write_codes<true>(out, index, run); });
     } else {
-      for_each(read, [&](int64_t index, float4 run, int) { write_codes<false>(out, index, run); });
+      out.codes.plain ? write_codes<true, kAhead>(read) : write_codes<false, kAhead>(read);
     }
   }
 
  private:
-  /// Call store(index, sums, how many of them).
-  template <class Read, class Store>
+  /// With the format in registers, which no store can change.
+  template <bool kPlain, int kAhead, class Read>
+  LOWPREC_DEVICE void write_codes(Read read) const {
+    const SparseOutput::Codes codes = out.codes;
+    auto* const to = static_cast<uint32_t*>(out.to.data);
+    for_each<kAhead>([&](int n) { return codes_of<kPlain>(codes, read(n)); },
+                     [&](int64_t index, uint32_t four, int) { to[index >> 2] = four; });
+  }
+
+  /// Call store(index, read(n), how many of four) for the n-th.
+  template <int kAhead = 1, class Read, class Store>
   LOWPREC_DEVICE void for_each(Read read, Store store) const {
     const bool first = out.first;
     const int64_t pitch = first ? out.tokens : out.features, step = rows * pitch;
     int64_t index = row * pitch + place, left = out.tokens - (first ? place : row);
 #pragma unroll 1
-    for (int n = 0; n < count; ++n) {
-      if (left > 0) store(index, read(n), first && left < 4 ? static_cast<int>(left) : 4);
-      index += step;
-      left -= first ? 0 : rows;
+    for (int n = 0; n < count; n += kAhead) {
+      decltype(read(0)) run[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) run[i] = read(n + i);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (left > 0) store(index, run[i], first && left < 4 ? static_cast<int>(left) : 4);
+        index += step;
+        left -= first ? 0 : rows;
+      }
     }
   }
 };

@@ -39,15 +39,11 @@ struct PairDecode {
 
   /// Nothing, if the format needs more: then its codes are decoded before.
   PairDecode(const Format& format, bool to_half) : wide(format), half(format) {
-    const auto simple = [](const auto& reader) {
-      return !reader.rescale && !reader.zero_is_nan && !reader.flushes && !reader.through;
-    };
     if (to_half) {
-      if (!simple(half)) return;
       if (half.is_float16_top) way = Decoding::e5m2_float16;
-      if (half.is_e4m3 && format.bias == 7) way = Decoding::e4m3_float16;
-      if (!half.has_special) way = Decoding::float16;
-    } else if (simple(wide)) {
+      if (half.is_own_e4m3) way = Decoding::e4m3_float16;
+      if (half.is_plain()) way = Decoding::float16;
+    } else if (wide.is_simple) {
       way = wide.has_special ? Decoding::special_bfloat16 : Decoding::bfloat16;
     }
   }
@@ -76,8 +72,6 @@ LOWPREC_DEVICE uint32_t decode_pair(const PairDecode& by, uint32_t codes) {
   } else {
     reader = by.wide;
   }
-  reader.rescale = 0;
-  reader.zero_is_nan = reader.flushes = reader.through = reader.is_float16_top = reader.is_e4m3 = false;
   reader.has_special = kWay == Decoding::special_bfloat16 || kWay == Decoding::e4m3_float16;
   return reader.pair(codes);
 }

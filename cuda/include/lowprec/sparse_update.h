@@ -20,7 +20,7 @@ struct UpdateOperand {
   const void* data;
   int64_t token;
   int64_t feature;
-  int stride;  // bytes from row to row if 8 elements beside each other may be copied at once, else 0
+  int stride;  // bytes from row to row if 16 of a row may be copied at once, else 0
 };
 
 struct UpdatePair {

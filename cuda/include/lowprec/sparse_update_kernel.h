@@ -73,20 +73,10 @@ struct UpdateCursor {
   }
 };
 
-/// e4m3fn with its own bias, by the device's conversion.
-struct NativeCodes {
-  LOWPREC_DEVICE uint4 operator()(uint2 codes) const {
-    return {
-        codes::e4m3_to_half(static_cast<uint16_t>(codes.x)), codes::e4m3_to_half(static_cast<uint16_t>(codes.x >> 16)),
-        codes::e4m3_to_half(static_cast<uint16_t>(codes.y)), codes::e4m3_to_half(static_cast<uint16_t>(codes.y >> 16))};
-  }
-};
-
-/// The readers of codes, and which operands are such.
+/// The readers of operands that are codes.
 template <bool kHalf>
 struct UpdateCodes {
   CodeReader<kHalf> read[2];  // x, dy
-  bool codes[2];
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -282,7 +272,6 @@ class UpdateTile {
       if (copied < stages_) continue;
       const int valid = cursor.left(call_, stage_.tokens);
       wait_for_copies(stages_ - 1);
-      if constexpr (!kBytes) decode(stage(at), valid);
       __syncthreads();
       if constexpr (kBytes) {
         multiply_formats(stage(at), (valid + 15) / 16, count, sum);
@@ -346,7 +335,7 @@ class UpdateTile {
       const int feature = (block << log_block_) + ((own << Stage::log_each) & ((1 << log_block_) - 1));
       const int64_t at = feature * (right ? pair.dy : pair.x).feature;
       const char* const data = static_cast<const char*>((right ? pair.dy : pair.x).data);
-      columns_[i] = {data + (at << !codes_.codes[right]), (right ? pair.dy : pair.x).stride};
+      columns_[i] = {data + (kBytes ? at : 2 * at), (right ? pair.dy : pair.x).stride};
     }
   }
 
@@ -366,49 +355,23 @@ class UpdateTile {
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
 
-  /// Whether both operands' codes are converted by the device's instruction.
-  LOWPREC_DEVICE bool both_native() const {
-    return codes_.codes[0] && codes_.codes[1] && codes_.read[0].is_native() && codes_.read[1].is_native();
-  }
-
   /// Both operands at once where they are alike.
   LOWPREC_DEVICE void copy_columns(const UpdatePair& pair, int token, int valid, uint32_t to) const {
     const int tokens = (valid + 15) & ~15, all = columns();
     if constexpr (kBytes) {
-      return for_granules(stage_, to, 0, all, tokens, CopyGranules<kFirst, 1, 16>{columns_, token, valid});
+      return for_granules(stage_, to, 0, all, tokens, CopyGranules<kFirst, 1>{columns_, token, valid});
     }
-    const bool alike = codes_.codes[0] == codes_.codes[1] && pair.x.stride != 0 && pair.dy.stride != 0;
+    const bool alike = pair.x.stride != 0 && pair.dy.stride != 0;
 #pragma unroll 1
     for (int begin = 0; begin < all;) {
       const int side = begin > 0, end = side || alike ? all : left_columns();
       const UpdateOperand& operand = side ? pair.dy : pair.x;
       if (operand.stride == 0) {
-        for_granules(stage_, to, begin, end, tokens,
-                     CopyElements<kFirst>{columns_, operand, token, valid, codes_.codes[side]});
-      } else if (codes_.codes[side]) {
-        for_granules(stage_, to, begin, end, tokens, CopyGranules<kFirst, 1, 8>{columns_, token, valid});
+        for_granules(stage_, to, begin, end, tokens, CopyElements<kFirst>{columns_, operand, token, valid});
       } else {
-        for_granules(stage_, to, begin, end, tokens, CopyGranules<kFirst, 2, 16>{columns_, token, valid});
+        for_granules(stage_, to, begin, end, tokens, CopyGranules<kFirst, 2>{columns_, token, valid});
       }
       begin = end;
-    }
-  }
-
-  /// Make values of the codes that this thread has copied.
-  LOWPREC_DEVICE void decode(uint32_t at, int valid) const {
-    const int tokens = (valid + 15) & ~15;
-    if (both_native())
-      return for_granules(stage_, at, 0, columns(), tokens, DecodeGranules<NativeCodes>{NativeCodes{}});
-#pragma unroll 1
-    for (int side = 0; side < 2; ++side) {
-      if (!codes_.codes[side]) continue;
-      const int begin = side ? left_columns() : 0, end = side ? columns() : left_columns();
-      const CodeReader<kHalf>& read = codes_.read[side];
-      if (read.is_native()) {
-        for_granules(stage_, at, begin, end, tokens, DecodeGranules<NativeCodes>{NativeCodes{}});
-      } else {
-        for_granules(stage_, at, begin, end, tokens, DecodeGranules<CodeReader<kHalf>>{read});
-      }
     }
   }
 

@@ -45,8 +45,8 @@ struct alignas(16) UpdateColumn {
 };
 
 /// Call visit(what visit.begin(column) gives, feature of the column, token, address) for the granules of columns from
-/// `begin` to `end` and of the first `tokens` tokens, a multiple of 16. The same thread visits a granule each time,
-/// whichever columns it is visited with; two at a time without a branch where rows are tokens.
+/// `begin` to `end` and of the first `tokens` tokens, a multiple of 16; two at a time without a branch where rows are
+/// tokens.
 template <bool kFirst, bool kBytes, class Visit>
 LOWPREC_DEVICE void for_granules(const UpdateStage<kFirst, kBytes>& stage, uint32_t base, int begin, int end,
                                  int tokens, const Visit& visit) {
@@ -56,8 +56,7 @@ LOWPREC_DEVICE void for_granules(const UpdateStage<kFirst, kBytes>& stage, uint3
     const int rows = 32 >> stage.log_row, token = each * (lane & ((1 << stage.log_row) - 1));
     if (token >= tokens) return;
     const uint32_t step = kUpdateWarps * rows * pitch;
-    const int own = warp * rows + (lane >> stage.log_row);
-    int feature = each * begin + ((own - each * begin) & (kUpdateWarps * rows - 1));
+    int feature = each * begin + warp * rows + (lane >> stage.log_row);
     uint32_t to = base + stage.at(token, feature);
 #pragma unroll 1
     for (; feature < each * end; feature += kUpdateWarps * rows, to += step) {
@@ -65,7 +64,7 @@ LOWPREC_DEVICE void for_granules(const UpdateStage<kFirst, kBytes>& stage, uint3
     }
   } else {
 #pragma unroll 1
-    for (int column = begin + ((lane - begin) & 31); column < end; column += 32) {
+    for (int column = begin + lane; column < end; column += 32) {
       const auto own = visit.begin(column);
       uint32_t to = base + 16 * column + warp * pitch;
 #pragma unroll 1
@@ -77,15 +76,8 @@ LOWPREC_DEVICE void for_granules(const UpdateStage<kFirst, kBytes>& stage, uint3
   }
 }
 
-LOWPREC_DEVICE void store_granule(uint32_t to, uint4 value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
-               : "memory");
-}
-
-/// Copies of granules of elements that lie side by side, or into the lower halves of granules: by the asynchronous
-/// copier.
-template <bool kFirst, int kSize, int kBytes>
+/// Copies of granules of elements that lie side by side, of so many bytes each: by the asynchronous copier.
+template <bool kFirst, int kSize>
 struct CopyGranules {
   const UpdateColumn* columns;
   int first;  // token
@@ -99,23 +91,18 @@ struct CopyGranules {
     asm("mad.wide.s32 %0, %1, %2, %3;"
         : "=l"(from)
         : "r"(kFirst ? feature : first + token), "r"(column.stride), "l"(along));
-    const int bytes = kFirst ? min(max(valid - token, 0) * kSize, kBytes) : token < valid ? kBytes : 0;
-    if constexpr (kBytes == 16) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-    } else {
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-    }
+    const int bytes = kFirst ? min(max(valid - token, 0) * kSize, 16) : token < valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
   }
 };
 
-/// Of either, in any strides: one element after the other.
+/// Of values in any strides: one after the other.
 template <bool kFirst>
 struct CopyElements {
   const UpdateColumn* columns;
   const UpdateOperand& operand;
   int first;  // token
   int valid;
-  bool codes;
 
   LOWPREC_DEVICE const char* begin(int column) const { return columns[column].data; }
 
@@ -125,28 +112,9 @@ struct CopyElements {
 #pragma unroll 1
     for (int i = 0; i < 8; ++i, from += step) {
       const bool any = (kFirst ? token + i : token) < valid;
-      if (codes) {
-        const uint32_t element = any ? reinterpret_cast<const uint8_t*>(data)[from] : 0;
-        asm volatile("st.shared.u8 [%0], %1;" ::"r"(to + i), "r"(element) : "memory");
-      } else {
-        const uint16_t element = any ? reinterpret_cast<const uint16_t*>(data)[from] : 0;
-        asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + 2 * i), "h"(element) : "memory");
-      }
+      const uint16_t element = any ? reinterpret_cast<const uint16_t*>(data)[from] : 0;
+      asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + 2 * i), "h"(element) : "memory");
     }
-  }
-};
-
-/// Makes values of the codes in a granule's lower half. The code 0 is zero in every format.
-template <class Read>
-struct DecodeGranules {
-  const Read& read;
-
-  LOWPREC_DEVICE int begin(int) const { return 0; }
-
-  LOWPREC_DEVICE void operator()(int, int, int, uint32_t at) const {
-    uint2 codes;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(codes.x), "=r"(codes.y) : "r"(at) : "memory");
-    store_granule(at, read(codes));
   }
 };
 

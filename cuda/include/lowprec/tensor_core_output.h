@@ -51,15 +51,8 @@ struct SumCast {
     plain = quick && quantize.grid.plain && rounding == 0;
   }
 
-  /// Whether neighbours that are no NaN can be cast so, and by a kernel that has registers for stochastic rounding
-  /// (kRandom) or not.
-  template <bool kRandom>
-  LOWPREC_DEVICE bool is_quick() const {
-    return quick && (kRandom || !round.choice.random);
-  }
-
   /// The bits of what is written of them: in float32, for values, to which `own` leaves the rounding.
-  template <bool kRandom, int kCount>
+  template <int kCount>
   LOWPREC_DEVICE void quickly(const float (&sums)[kCount], int64_t index, uint32_t (&bits)[kCount]) const {
     float rounded[kCount];
     if (own) {
@@ -69,7 +62,7 @@ struct SumCast {
       round_all<NearestEven, true>(sums, {}, rounded);
       finish_all<true>(sums, rounded, bits);
     } else {
-      round_by_mode<kRandom>(sums, index, rounded);
+      round_by_mode(sums, index, rounded);
       finish_all<false>(sums, rounded, bits);
     }
   }
@@ -91,14 +84,12 @@ struct SumCast {
     for (int i = 0; i < kCount; ++i) rounded[i] = round_magnitude<Mode, kPlain>(quantize.grid, sums[i], word[i]);
   }
 
-  template <bool kRandom, int kCount>
+  template <int kCount>
   LOWPREC_DEVICE void round_by_mode(const float (&sums)[kCount], int64_t index, float (&rounded)[kCount]) const {
     static_assert(kCount == 1 || kCount == 4);
-    if constexpr (kRandom) {
-      if (round.choice.random) {
-        const uint4 words = draw_neighbours(draws.bits, draws.seed.read(), draws.offset.read(), index);
-        return round_all<Stochastic, false>(sums, words, rounded);
-      }
+    if (round.choice.random) {
+      const uint4 words = draw_neighbours(draws.bits, draws.seed.read(), draws.offset.read(), index);
+      return round_all<Stochastic, false>(sums, words, rounded);
     }
     switch (rounding) {
       case 0:
@@ -152,21 +143,20 @@ LOWPREC_DEVICE uint32_t element_bits(const Output& out, uint32_t bits) {
 /// The bits of a sum in the form that it is written in.
 LOWPREC_DEVICE uint32_t output_bits(const Output& out, float sum, int64_t index) {
   if (!out.cast) return as_bits(sum);
-  if (!out.how.is_quick<true>() || sum != sum) return cast_slowly(out.how, sum, index);
+  if (!out.how.quick || sum != sum) return cast_slowly(out.how, sum, index);
   const float sums[1] = {sum};
   uint32_t bits[1];
-  out.how.quickly<true>(sums, index, bits);
+  out.how.quickly(sums, index, bits);
   return element_bits(out, bits[0]);
 }
 
 /// And of four neighbours.
-template <bool kRandom>
 LOWPREC_DEVICE void output_bits(const Output& out, const float (&sums)[4], int64_t index, uint32_t (&bits)[4]) {
   if (!out.cast) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) bits[i] = as_bits(sums[i]);
-  } else if (out.how.is_quick<kRandom>() && all_numbers<4>(sums)) {
-    out.how.quickly<kRandom>(sums, index, bits);
+  } else if (out.how.quick && all_numbers<4>(sums)) {
+    out.how.quickly(sums, index, bits);
 #pragma unroll
     for (int i = 0; i < 4; ++i) bits[i] = element_bits(out, bits[i]);
   } else {
@@ -186,10 +176,9 @@ LOWPREC_DEVICE void store_element(const Output& out, int64_t index, uint32_t bit
 }
 
 /// Write so many of four neighbours.
-template <bool kRandom = true>
 LOWPREC_DEVICE void store_four(const Output& out, int64_t index, const float (&sums)[4], int count) {
   uint32_t bits[4];
-  output_bits<kRandom>(out, sums, index, bits);
+  output_bits(out, sums, index, bits);
   if (count < 4 || index % 4) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
