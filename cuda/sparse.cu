@@ -213,6 +213,18 @@ int major_of(const Tensor& x) {
   return major;
 }
 
+unsigned plain_grid(int64_t count) {
+  return static_cast<unsigned>(std::min((count + kSparsePlainThreads - 1) / kSparsePlainThreads, kPlainBlocks));
+}
+
+/// Write float32 sums, whose rows may be longer, as is asked for.
+void write_sums(const Request& call, const Tensor& sums, const Result& result, const Tensor& out) {
+  write_sums_kernel<<<plain_grid(out.numel() / 4 + 1), kSparsePlainThreads, 0, current_stream(call.x)>>>(
+      static_cast<const float*>(sums.const_data_ptr()), out.numel(), out.size(1), sums.size(1),
+      output_of(call.x, result, out));
+  check_cuda(cudaGetLastError());
+}
+
 /// Sums by tensor cores.
 void multiply(const Request& call, const PairDecode& x_codes, const PairDecode& w_codes, bool half,
               const Result& result, const Tensor& out) {
@@ -274,12 +286,21 @@ bool takes_warpgroups(const Request& call) {
          major_of(call.x) == 9;
 }
 
-/// Of many tokens on Hopper, by warpgroups.
+/// Of many tokens on Hopper, by warpgroups. Sums that are not written as they are, nor cast by the quick way, are so by
+/// a kernel of its own: in this one a thread has no registers for that.
 void multiply_many(const Request& call, bool half, const Result& result, const Tensor& out) {
-  const int64_t tokens = call.tokens();
   const Tensor x = rows_of(call.x, call.first), w = blocks_of(call.w);
-  const Tensor partial = empty(x, {hopper_partials(tokens)}, ScalarType::Float);
-  const Tensor flags = empty(x, {hopper_flags(tokens)}, ScalarType::Int);
+  SparseOutput to = written(call, x, result, out);
+  const bool direct = to.form != RunForm::any;
+  Tensor sums;
+  if (!direct) {
+    if (call.first) to.tokens = (to.tokens + 3) / 4 * 4;  // x has zeros there
+    sums = empty(x, {out.size(0), call.first ? to.tokens : out.size(1)}, ScalarType::Float);
+    to.to.data = sums.mutable_data_ptr();
+    to.form = RunForm::single;
+  }
+  const Tensor partial = empty(x, {hopper_partials(to.tokens)}, ScalarType::Float);
+  const Tensor flags = empty(x, {hopper_flags(to.tokens)}, ScalarType::Int);
   const SparseHopperCall kernel{x.const_data_ptr(),
                                 x.stride(0),
                                 call.x.size(call.first ? 0 : 1),
@@ -292,8 +313,9 @@ void multiply_many(const Request& call, bool half, const Result& result, const T
                                 static_cast<uint32_t*>(flags.mutable_data_ptr()),
                                 half,
                                 call.transpose,
-                                written(call, x, result, out)};
+                                to};
   check_cuda(launch_sparse_hopper(kernel, current_stream(x)));
+  if (!direct) write_sums(call, sums, result, out);
 }
 
 /// By tensor cores: in `dtype`, bfloat16 or float16.
@@ -317,10 +339,6 @@ void multiply_narrow(Request call, const std::optional<Format>& x, const std::op
   };
   const PairDecode x_codes = prepare(call.x, x), w_codes = prepare(call.w, w);
   multiply(call, x_codes, w_codes, half, result, out);
-}
-
-unsigned plain_grid(int64_t count) {
-  return static_cast<unsigned>(std::min((count + kSparsePlainThreads - 1) / kSparsePlainThreads, kPlainBlocks));
 }
 
 template <class T>
@@ -356,9 +374,7 @@ void multiply_wide(Request call, const std::optional<Format>& x, const std::opti
   if (!result.format && result.dtype == dtype) return multiply_plain<float>(call, out);
   const Tensor sums = empty(call.x, out.sizes(), dtype);
   multiply_plain<float>(call, sums);
-  write_sums_kernel<<<plain_grid(out.numel()), kSparsePlainThreads, 0, current_stream(call.x)>>>(
-      static_cast<const float*>(sums.const_data_ptr()), out.numel(), output_of(call.x, result, out));
-  check_cuda(cudaGetLastError());
+  write_sums(call, sums, result, out);
 }
 
 Tensor run(Request call, const Ints& x_format, const Ints& w_format, const Result& result) {

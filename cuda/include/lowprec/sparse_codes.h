@@ -72,21 +72,21 @@ LOWPREC_DEVICE uint32_t e4m3_to_half(uint32_t pair) {
 /// hold the format.
 template <bool kHalf>
 struct CodeReader {
-  uint32_t down;                // shift of a magnitude that lies below bit 15
-  uint32_t digits;              // mask of the shifted magnitude
-  uint32_t scale;               // power of two that is left
-  uint32_t special;             // 2^15 less the first magnitude that is not finite
-  uint32_t payload;             // mask of its digits that stay: those by which IEEE 754 tells NaN from infinity
-  uint32_t set;                 // and the bits that come
-  uint8_t up;                   // shift that brings a code's sign to the top of its byte
-  bool is_simple = false;       // one multiplication makes all finite values: else this reads nothing
+  uint32_t down = 0;            // shift of a magnitude that lies below bit 15
+  uint32_t digits = 0;          // mask of the shifted magnitude
+  uint32_t scale = 0;           // power of two that is left
+  uint32_t special = 0;         // 2^15 less the first magnitude that is not finite
+  uint32_t payload = 0;         // mask of its digits that stay: those by which IEEE 754 tells NaN from infinity
+  uint32_t set = 0;             // and the bits that come
+  uint8_t up = 0;               // shift that brings a code's sign to the top of its byte
+  bool is_simple = false;       // one multiplication makes all finite values: else nothing is read but `up`
   bool has_special = false;     // magnitudes
   bool is_own_e4m3 = false;     // e4m3fn with its own bias, which devices convert
   bool is_float16_top = false;  // the upper byte of the float16, for e5m2
 
   CodeReader() = default;
 
-  explicit CodeReader(const Format& format) {
+  explicit CodeReader(const Format& format) : up(static_cast<uint8_t>(8 - format.bits())) {
     using C = std::conditional_t<kHalf, Float16, BFloat16>;
     const int power = C::bias - format.bias;
     if ((kHalf && !reaches_half(format)) || power > C::bias) return;
@@ -132,7 +132,6 @@ struct CodeReader {
   template <class C>
   void fill(const Format& format, int power) {
     using codes::both;
-    up = static_cast<uint8_t>(8 - format.bits());
     down = static_cast<uint32_t>(C::exponent_bits - format.ebits);
     const auto place = [&](uint32_t code) { return code << (16 - format.bits()) >> down; };
     digits = place(format.top_code()) * both;

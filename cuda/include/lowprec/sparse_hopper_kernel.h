@@ -148,10 +148,12 @@ LOWPREC_DEVICE void for_items(const HopperLine& line, int share, F f) {
 class PassRuns {
  public:
   LOWPREC_DEVICE PassRuns(const SparseOutput& out, const Pass& pass, int64_t token, int64_t output)
-      : runs_(runs(out, token, output)), from_(pass + place(out.first)), step_(out.first ? 4 * kPassRow : 8 * kPassColumn) {}
+      : runs_(runs(out, token, output)),
+        from_(pass + place(out.first)),
+        step_(out.first ? 4 * kPassRow : 8 * kPassColumn) {}
 
-  LOWPREC_DEVICE void write_sums() const { runs_.write_sums(*this); }
-  LOWPREC_DEVICE void write_cast() const { runs_.write_cast<4>(*this); }
+  LOWPREC_DEVICE void write_sums() const { runs_.write_sums<4>(*this); }
+  LOWPREC_DEVICE void write_codes() const { runs_.write_codes<4>(*this); }
 
   LOWPREC_DEVICE float4 operator()(int n) const { return *reinterpret_cast<const float4*>(from_ + n * step_); }
 
@@ -171,9 +173,10 @@ class PassRuns {
 };
 
 /// Not inline, as it would be four times.
-static __device__ __noinline__ void write_cast(const SparseOutput& out, const Pass& pass, int64_t token,
+static __device__ __noinline__ void write_pass(const SparseOutput& out, const Pass& pass, int64_t token,
                                                int64_t output) {
-  PassRuns(out, pass, token, output).write_cast();
+  const PassRuns runs(out, pass, token, output);
+  out.form == RunForm::codes ? runs.write_codes() : runs.write_sums();
 }
 
 /// Write a warp's sums, 16 outputs of 128 tokens, by rows of the result.
@@ -197,11 +200,7 @@ LOWPREC_DEVICE void write_values(const SparseOutput& out, Pass& pass, int64_t to
       }
     }
     __syncwarp();
-    if (out.casts()) {
-      write_cast(out, pass, first_token, output);
-    } else {
-      PassRuns(out, pass, first_token, output).write_sums();
-    }
+    write_pass(out, pass, first_token, output);
   }
 }
 
@@ -390,9 +389,8 @@ LOWPREC_DEVICE void consume(const SparseHopperCall& call, SparseRing<kGroups>& r
 
 #endif
 
-/// 288 threads may have 224 registers each. Told their number, the compiler counts whole warpgroups, and spills at 168.
 template <int kGroups, bool kHalf, bool kTranspose, bool kFirst>
-__global__ void __maxnreg__(224)
+__global__ void __launch_bounds__(SparseRing<kGroups>::kThreads, 1)
     sparse_hopper_kernel(const __grid_constant__ SparseHopperCall call, const __grid_constant__ CUtensorMap x,
                          const __grid_constant__ CUtensorMap w) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

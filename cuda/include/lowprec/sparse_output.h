@@ -24,8 +24,6 @@ struct SparseOutput {
   bool first;    // features first
   RunForm form;  // `any` unless every four lie at a multiple of their size
   Codes codes;
-
-  LOWPREC_DEVICE bool casts() const { return form == RunForm::codes || form == RunForm::any; }
 };
 
 /// Two sums in 16 bits each.
@@ -41,12 +39,12 @@ LOWPREC_DEVICE uint32_t narrow_pair(bool half, float low, float high) {
 
 /// Write four sums of no cast, from `index` on: a multiple of four, and taken as one, by which a compiler knows that
 /// one access will do.
-LOWPREC_DEVICE void write_sums(const SparseOutput& out, int64_t index, float4 run) {
-  if (out.form == RunForm::single) {
-    static_cast<float4*>(out.to.data)[index >> 2] = run;
+LOWPREC_DEVICE void write_sums(RunForm form, void* to, int64_t index, float4 run) {
+  if (form == RunForm::single) {
+    static_cast<float4*>(to)[index >> 2] = run;
   } else {
-    const bool half = out.form == RunForm::float16;
-    static_cast<uint2*>(out.to.data)[index >> 2] = {narrow_pair(half, run.x, run.y), narrow_pair(half, run.z, run.w)};
+    const bool half = form == RunForm::float16;
+    static_cast<uint2*>(to)[index >> 2] = {narrow_pair(half, run.x, run.y), narrow_pair(half, run.z, run.w)};
   }
 }
 
@@ -77,29 +75,29 @@ struct SparseRuns {
   /// Write those that lie not beyond the last token; read(n) has the sums of the n-th.
   template <class Read>
   LOWPREC_DEVICE void write(Read read) const {
-    out.casts() ? write_cast(read) : write_sums(read);
+    if (out.form == RunForm::codes) return write_codes(read);
+    if (out.form != RunForm::any) return write_sums(read);
+    for_each(read, [&](int64_t index, float4 run, int n) { write_any(out, index, run, n); });
   }
 
-  /// Where nothing is cast.
-  template <class Read>
-  LOWPREC_DEVICE void write_sums(Read read) const {
-    for_each(read, [&](int64_t index, float4 run, int) { lowprec::write_sums(out, index, run); });
-  }
-
-  /// In the other forms; so many codes are read before the first one is written.
+  /// As they are, or in 16 bits; so many are read before the first is written.
   template <int kAhead = 1, class Read>
-  LOWPREC_DEVICE void write_cast(Read read) const {
-    if (out.form == RunForm::any) {
-      for_each(read, [&](int64_t index, float4 run, int n) { write_any(out, index, run, n); });
-    } else {
-      out.codes.plain ? write_codes<true, kAhead>(read) : write_codes<false, kAhead>(read);
-    }
+  LOWPREC_DEVICE void write_sums(Read read) const {
+    const RunForm form = out.form;
+    void* const to = out.to.data;
+    for_each<kAhead>(read, [&](int64_t index, float4 run, int) { lowprec::write_sums(form, to, index, run); });
+  }
+
+  /// As codes.
+  template <int kAhead = 1, class Read>
+  LOWPREC_DEVICE void write_codes(Read read) const {
+    out.codes.plain ? write_codes_by<true, kAhead>(read) : write_codes_by<false, kAhead>(read);
   }
 
  private:
   /// With the format in registers, which no store can change.
   template <bool kPlain, int kAhead, class Read>
-  LOWPREC_DEVICE void write_codes(Read read) const {
+  LOWPREC_DEVICE void write_codes_by(Read read) const {
     const SparseOutput::Codes codes = out.codes;
     auto* const to = static_cast<uint32_t*>(out.to.data);
     for_each<kAhead>([&](int n) { return codes_of<kPlain>(codes, read(n)); },

@@ -61,12 +61,23 @@ __global__ void __launch_bounds__(kSparsePlainThreads) sparse_plain_kernel(const
   }
 }
 
-/// Write float32 sums in another form.
+/// Write float32 sums, in rows so far apart, in another form without gaps.
 __global__ void __launch_bounds__(kSparsePlainThreads)
-    write_sums_kernel(const float* sums, int64_t count, const __grid_constant__ Output out) {
+    write_sums_kernel(const float* sums, int64_t count, int64_t row, int64_t pitch,
+                      const __grid_constant__ Output out) {
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kSparsePlainThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kSparsePlainThreads + threadIdx.x; i < count; i += threads)
-    store_element(out, i, output_bits(out, sums[i], i));
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kSparsePlainThreads + threadIdx.x;
+  for (int64_t i = 4 * first; i < count; i += 4 * threads) {
+    const int some = count - i < 4 ? static_cast<int>(count - i) : 4;
+    float four[4] = {};
+    if (row == pitch && some == 4) {
+      const float4 run = *reinterpret_cast<const float4*>(sums + i);
+      four[0] = run.x, four[1] = run.y, four[2] = run.z, four[3] = run.w;
+    } else {
+      for (int n = 0; n < some; ++n) four[n] = sums[(i + n) / row * pitch + (i + n) % row];
+    }
+    store_four(out, i, four, some);
+  }
 }
 
 }  // namespace lowprec
