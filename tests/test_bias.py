@@ -20,6 +20,7 @@ from lowprec import _ops
 from lowprec.adapt import NOTHING, _is_due, adapt, exponent_of, is_due, new_state
 from lowprec.bias import Rule
 from tests.engines import DTYPES
+from tests.graphs import captured
 
 SCHEDULE = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256]
 MEASURED = ("dynamic", "delayed", "sampled")
@@ -315,23 +316,15 @@ def test_recomputation_sees_the_bias_and_the_draws_of_the_first_pass(nested: boo
 @pytest.mark.parametrize("bias", MEASURED)
 def test_a_replayed_graph_keeps_measuring(bias: str) -> None:
     plain = lp.Cast("1-4-3", bias=bias, rounding="stochastic", seed=1, history=3).cuda()
-    captured = copy.deepcopy(plain)
+    other = copy.deepcopy(plain)
     x = torch.randn(300, device="cuda")
-    start = captured.state.clone()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        captured(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    captured.state.copy_(start)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = captured(x)
-    captured.state.copy_(start)
+    graph, y = captured(lambda: other(x))
+    other.state.copy_(plain.state)
     for k in range(30):
         x.copy_(torch.randn(300, device="cuda") * 2 ** (k % 11))
         graph.replay()
         assert torch.equal(y, plain(x))
-        assert torch.equal(captured.state, plain.state)
+        assert torch.equal(other.state, plain.state)
 
 
 # Rules and errors.
