@@ -286,8 +286,8 @@ bool takes_warpgroups(const Request& call) {
          major_of(call.x) == 9;
 }
 
-/// Of many tokens on Hopper, by warpgroups. Sums that are not written as they are, nor cast by the quick way, are so by
-/// a kernel of its own: in this one a thread has no registers for that.
+/// Of many tokens on Hopper, by warpgroups. Sums that are neither written as they are nor cast by the quick way are
+/// left in float32 to a kernel that does it: in this one a thread has no registers for that.
 void multiply_many(const Request& call, bool half, const Result& result, const Tensor& out) {
   const Tensor x = rows_of(call.x, call.first), w = blocks_of(call.w);
   SparseOutput to = written(call, x, result, out);

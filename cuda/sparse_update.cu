@@ -296,16 +296,16 @@ void by_tensor_cores(const Update& call) {
 
 // For every dtype.
 
-Element element_of(ScalarType dtype) {
+PlainElement element_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double:
-      return Element::float64;
+      return PlainElement::float64;
     case ScalarType::Float:
-      return Element::float32;
+      return PlainElement::float32;
     case ScalarType::Half:
-      return Element::float16;
+      return PlainElement::float16;
     case ScalarType::BFloat16:
-      return Element::bfloat16;
+      return PlainElement::bfloat16;
     default:
       STD_TORCH_CHECK(false, "expected float64, float32, float16 or bfloat16");
   }
@@ -317,7 +317,7 @@ void one_by_one(const Update& call) {
   const Ints* const formats[2] = {&call.x_format, &call.dy_format};
   for (int i = 0; i < 2 && !call.x.empty(); ++i) {
     const bool codes = !formats[i]->empty();
-    plain.kind[i] = codes ? Element::codes : element_of((i ? call.dy : call.x)[0].scalar_type());
+    plain.kind[i] = codes ? PlainElement::codes : element_of((i ? call.dy : call.x)[0].scalar_type());
     if (codes) plain.layout[i] = Layout::of(read_format(*formats[i]));
   }
   plain.block = static_cast<int>(call.block);

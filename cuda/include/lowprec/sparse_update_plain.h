@@ -11,7 +11,7 @@
 namespace lowprec {
 
 /// What an element of memory is.
-enum class Element { float64, float32, bfloat16, float16, codes };
+enum class PlainElement { float64, float32, bfloat16, float16, codes };
 
 struct PlainCall {
   UpdatePair pair[kUpdatePairs];
@@ -24,20 +24,20 @@ struct PlainCall {
   void* sums;  // carried from launch to launch
   double beta;
   Layout layout[2];  // of codes
-  Element kind[2];
-  Element out_kind;
+  PlainElement kind[2];
+  PlainElement out_kind;
   bool begins;
   bool ends;
 };
 
 /// An element as Sum, which holds it.
 template <class Sum>
-LOWPREC_DEVICE Sum read_element(Element kind, const void* data, int64_t at, const Layout& layout) {
-  if (kind == Element::float64) return static_cast<Sum>(static_cast<const double*>(data)[at]);
-  if (kind == Element::float32) return static_cast<Sum>(static_cast<const float*>(data)[at]);
-  const bool codes = kind == Element::codes;
+LOWPREC_DEVICE Sum read_element(PlainElement kind, const void* data, int64_t at, const Layout& layout) {
+  if (kind == PlainElement::float64) return static_cast<Sum>(static_cast<const double*>(data)[at]);
+  if (kind == PlainElement::float32) return static_cast<Sum>(static_cast<const float*>(data)[at]);
+  const bool codes = kind == PlainElement::codes;
   const uint32_t bits = codes ? static_cast<const uint8_t*>(data)[at] : static_cast<const uint16_t*>(data)[at];
-  if (kind == Element::bfloat16) return static_cast<Sum>(__uint_as_float(bits << 16));
+  if (kind == PlainElement::bfloat16) return static_cast<Sum>(__uint_as_float(bits << 16));
   const Number number = (codes ? layout : Layout::of(Float16{})).read(bits);
   const double magnitude = number.infinite ? static_cast<double>(__int_as_float(0x7f800000))
                                            : scalbn(static_cast<double>(number.significand), number.exponent);
@@ -45,15 +45,15 @@ LOWPREC_DEVICE Sum read_element(Element kind, const void* data, int64_t at, cons
   return static_cast<Sum>(number.negative ? -magnitude : magnitude);
 }
 
-LOWPREC_DEVICE void write_element(Element kind, void* data, int64_t at, double value) {
-  if (kind == Element::float64) {
+LOWPREC_DEVICE void write_element(PlainElement kind, void* data, int64_t at, double value) {
+  if (kind == PlainElement::float64) {
     static_cast<double*>(data)[at] = value;
-  } else if (kind == Element::float32) {
+  } else if (kind == PlainElement::float32) {
     static_cast<float*>(data)[at] = static_cast<float>(value);
   } else {
     const auto single = static_cast<float>(value);
     uint16_t bits;
-    if (kind == Element::float16) {
+    if (kind == PlainElement::float16) {
       asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(single));
     } else {
       asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(single));
