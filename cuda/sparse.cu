@@ -99,6 +99,13 @@ Ints fields_of(const Format& format) {
   return {format.ebits, format.mbits, format.bias, static_cast<int64_t>(format.specials), format.subnormals};
 }
 
+/// A product with values for codes.
+Request decoded(Request call, const std::optional<Format>& x, const std::optional<Format>& w, ScalarType dtype) {
+  if (x) call.x = decode_codes(call.x, fields_of(*x), dtype);
+  if (w) call.w = decode_codes(call.w, fields_of(*w), dtype);
+  return call;
+}
+
 /// The first dtype that holds the formats, or that of the values beside them.
 ScalarType operand_dtype(const Request& call, const std::optional<Format>& x, const std::optional<Format>& w) {
   if (!x && !w) {
@@ -198,12 +205,6 @@ SparseOutput written(const Request& call, const Tensor& x, const Result& result,
           call.first,
           aligned ? form_of(result, codes) : RunForm::any,
           codes};
-}
-
-int attribute(const Tensor& x, cudaDeviceAttr which) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
-  return value;
 }
 
 /// The compute capability's first number.
@@ -324,9 +325,7 @@ void multiply_narrow(Request call, const std::optional<Format>& x, const std::op
   const bool half = dtype == ScalarType::Half;
   const bool many = (!x && !w) || (x && w && call.tokens() >= kDecodedTokens);
   if (many && takes_warpgroups(call)) {
-    if (x) call.x = decode_codes(call.x, fields_of(*x), dtype);
-    if (w) call.w = decode_codes(call.w, fields_of(*w), dtype);
-    return multiply_many(call, half, result, out);
+    return multiply_many(decoded(call, x, w, dtype), half, result, out);
   }
   // The products are the same numbers in either dtype; but a gated weight is rounded into `dtype`.
   if (x && w && !call.gate) {
@@ -362,10 +361,9 @@ void multiply_plain(const Request& call, const Tensor& out) {
 }
 
 /// Float64, and float32, in sums of its own.
-void multiply_wide(Request call, const std::optional<Format>& x, const std::optional<Format>& w, ScalarType dtype,
-                   const Result& result, const Tensor& out) {
-  if (x) call.x = decode_codes(call.x, fields_of(*x), dtype);
-  if (w) call.w = decode_codes(call.w, fields_of(*w), dtype);
+void multiply_wide(const Request& coded, const std::optional<Format>& x, const std::optional<Format>& w,
+                   ScalarType dtype, const Result& result, const Tensor& out) {
+  Request call = decoded(coded, x, w, dtype);
   call.w = contiguous(call.w);
   if (dtype == ScalarType::Double) {
     STD_TORCH_CHECK(!result.format && result.dtype == dtype, "sums of float64 are written as they are");

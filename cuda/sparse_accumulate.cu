@@ -276,12 +276,6 @@ void sum_any(const Request& call, const SparseSums<typename C::Bits>& of, const 
       SumPlan<C>(call.spec, 0, 0, 0), levels, of, static_cast<typename C::Bits*>(out.mutable_data_ptr()));
 }
 
-int attribute(const Tensor& x, cudaDeviceAttr which) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
-  return value;
-}
-
 /// By a tensor core's own leaves.
 void sum_leaves(const Request& call, const SparseSums<uint16_t>& of, const Tensor& out) {
   STD_TORCH_CHECK(attribute(out, cudaDevAttrComputeCapabilityMajor) >= 8,

@@ -32,12 +32,6 @@ struct Update {
   int64_t size() const { return weights * block * block; }
 };
 
-int attribute(const Tensor& x, cudaDeviceAttr which) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
-  return value;
-}
-
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// Bytes from row to row, of codes or 16-bit values, if 16 may be copied at once, else 0.
@@ -182,7 +176,7 @@ template <int kSide>
 void launch_side(const Update& call, const UpdateCall& update) {
   const bool half = carrier_of(call) == Carrier::float16;
   if constexpr (kSide > 8) {
-    if (takes_bytes(call)) {
+    if (!call.x_format.empty()) {  // all others are decoded by now
       return half ? launch_layout<kSide, true, true>(call, update) : launch_layout<kSide, false, true>(call, update);
     }
   }

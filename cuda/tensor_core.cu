@@ -40,12 +40,6 @@ Operands operands_of(ScalarType a, ScalarType b) {
   return right ? Operands::e5m2_e4m3 : Operands::e5m2_e5m2;
 }
 
-int attribute(const Tensor& x, cudaDeviceAttr which) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
-  return value;
-}
-
 /// The leaves of a product in instructions of `step` terms. A leaf of all terms, or of more than there are, is as long
 /// as they are, up to whole stages.
 ProductShape shape_of(const Request& call, int64_t step) {

@@ -17,8 +17,8 @@ LEARNED = "learned"
 DIGITS = "digits"
 """The data that are not a file of bytes."""
 
-PIXELS = 64
-"""Of a digit."""
+SIDE = 8
+"""Pixels along each side of a digit."""
 
 MARGINS = {True: 1.0, False: 0.02}
 """Within which two arms count as equal: percentage points of error on digits; bits per character on text."""
@@ -130,7 +130,7 @@ class Config:
     @property
     def features(self) -> int:
         """That come in."""
-        return PIXELS if self.on_digits else self.window * self.embedding
+        return SIDE**2 if self.on_digits else self.window * self.embedding
 
     def rows(self, update: int) -> int:
         """Of the batch of an update, the same in every arm."""

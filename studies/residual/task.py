@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from lowprec.studies import data
-from lowprec.studies.residual.config import PIXELS, Config
+from lowprec.studies.residual.config import SIDE, Config
 
 HELD = 600
 """Images that a seed holds out of scikit-learn's 1797."""
-
-SIDE = 8
-"""Pixels along each side of an image."""
 
 Batch = tuple[Tensor, Tensor]
 """Rows, and the class of each."""
@@ -73,7 +70,7 @@ def digits() -> Batch:
 class Digits:
     """Images moved by a pixel or so under normal noise, drawn anew for each batch."""
 
-    classes, symbols, features = 10, 0, PIXELS
+    classes, symbols, features = 10, 0, SIDE**2
 
     def __init__(self, config: Config, seed: int, device: torch.device) -> None:
         self.config, self.seed, self.device = config, seed, device

@@ -13,6 +13,7 @@
 #include "lowprec/sparse_output.h"
 #include "lowprec/sparse_overlap.h"
 #include "lowprec/sparse_pairs.h"
+#include "lowprec/warp_matrix.h"
 
 namespace lowprec {
 
@@ -75,8 +76,6 @@ struct SparseRoom {
   LOWPREC_INLINE int total() const { return links() + static_cast<int>(sizeof(SparseLinks)); }
 };
 
-LOWPREC_DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
-
 /// Copy 16 bytes, or zeros.
 LOWPREC_DEVICE void copy_chunk(uint32_t to, const void* from, bool zeros) {
   asm volatile(
@@ -91,35 +90,6 @@ LOWPREC_DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "me
 template <int kLeft>
 LOWPREC_DEVICE void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-}
-
-/// Four 8 × 8 matrices, transposed or as they lie.
-template <bool kTranspose>
-LOWPREC_DEVICE void load_matrices(uint32_t (&to)[4], uint32_t from) {
-  if constexpr (kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(from));
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(from));
-  }
-}
-
-template <bool kHalf>
-LOWPREC_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t low, uint32_t high) {
-  if constexpr (kHalf) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
-        " {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(low), "r"(high));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
-        " {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(low), "r"(high));
-  }
 }
 
 /// Where a chunk of 16 bytes lies in rows of so many chunks, such that eight rows' chunks at one place lie in different
@@ -354,7 +324,7 @@ struct SparseProduct {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float gate = gates[kBlock == 8 ? 2 * step + i : 16 * step / kBlock];
-        b[i] = codes::multiply<kHalf>(b[i], narrow_pair(kHalf, gate, gate));
+        b[i] = codes::multiply<kHalf>(b[i], narrow_pair<kHalf>(gate, gate));
       }
     }
   }

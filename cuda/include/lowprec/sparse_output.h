@@ -5,6 +5,7 @@
 
 #include "lowprec/quick.h"
 #include "lowprec/tensor_core_output.h"
+#include "lowprec/warp_matrix.h"
 
 namespace lowprec {
 
@@ -28,13 +29,7 @@ struct SparseOutput {
 
 /// Two sums in 16 bits each.
 LOWPREC_DEVICE uint32_t narrow_pair(bool half, float low, float high) {
-  uint32_t pair;
-  if (half) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  }
-  return pair;
+  return half ? narrow_pair<true>(low, high) : narrow_pair<false>(low, high);
 }
 
 /// Write four sums of no cast, from `index` on: a multiple of four, and taken as one, by which a compiler knows that

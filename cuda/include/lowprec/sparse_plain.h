@@ -27,15 +27,12 @@ struct SparsePlainCall {
   bool transpose;
 };
 
-LOWPREC_DEVICE float multiply_add(float a, float b, float sum) { return __fmaf_rn(a, b, sum); }
-LOWPREC_DEVICE double multiply_add(double a, double b, double sum) { return __fma_rn(a, b, sum); }
-
 /// The terms of one block, under a gate that is not closed.
 template <class T>
 LOWPREC_DEVICE T add_block(const SparsePlainCall<T>& call, const T* x, const T* w, int64_t step, T gate, T sum) {
   for (int k = 0; k < call.block; ++k) {
     const T weight = call.gate ? w[k * step] * gate : w[k * step];
-    sum = multiply_add(x[k * call.feature_stride], weight, sum);
+    sum = fma(x[k * call.feature_stride], weight, sum);
   }
   return sum;
 }

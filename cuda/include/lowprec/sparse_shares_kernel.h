@@ -13,18 +13,6 @@
 
 namespace lowprec {
 
-template <bool kTranspose>
-LOWPREC_DEVICE void load_two_matrices(uint32_t& a, uint32_t& b, uint32_t from) {
-  if constexpr (kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(a), "=r"(b)
-                 : "r"(from)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(from) : "memory");
-  }
-}
-
 /// What the other four do: they multiply.
 template <int kBlock, bool kTranspose>
 struct SharesConsumer {
@@ -112,7 +100,7 @@ struct SharesConsumer {
     const uint32_t at = shared_address(ring.stage()) + w_at[tile / 4] + step * 64 * kBlock;
     uint32_t words[4];
     if constexpr (kTiles == 2) {
-      load_two_matrices<!kTranspose>(words[0], words[1], at);
+      load_matrices<!kTranspose>(reinterpret_cast<uint32_t (&)[2]>(words), at);
     } else {
       load_matrices<!kTranspose>(words, at);
       read_two_tiles<kWay>(b[1], words[2], words[3]);

@@ -9,6 +9,7 @@
 #include "lowprec/sparse_codes.h"
 #include "lowprec/sparse_update_load.h"
 #include "lowprec/sparse_update_store.h"
+#include "lowprec/warp_matrix.h"
 
 namespace lowprec {
 
@@ -91,32 +92,6 @@ constexpr bool kUpdateTakesBytes = true;
 constexpr bool kUpdateTakesBytes = false;
 #endif
 
-LOWPREC_DEVICE uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-template <bool kTransposed>
-LOWPREC_DEVICE void load_matrices(uint32_t (&x)[4], uint32_t at) {
-  if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(at));
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(at));
-  }
-}
-
-template <bool kTransposed>
-LOWPREC_DEVICE void load_matrices(uint32_t (&x)[2], uint32_t at) {
-  if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(at));
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(at));
-  }
-}
-
 /// Write four matrices of 8 by 8: of each a lane gives where a row of 16 bytes lies, and has two numbers of another.
 LOWPREC_DEVICE void store_matrices(uint32_t at, uint4 x) {
 #if __CUDA_ARCH__ >= 900
@@ -141,21 +116,6 @@ LOWPREC_DEVICE uint4 load_granule(uint32_t at) {
                : "r"(at)
                : "memory");
   return x;
-}
-
-template <bool kHalf>
-LOWPREC_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (kHalf) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
-        " {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
-        " {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
 }
 
 /// Wait until no more than so many of the latest groups of copies are under way.
@@ -537,7 +497,7 @@ class UpdateTile {
     const float* const two = kSide == 32   ? sum[round / 4][round % 4 / 2][i] + round % 2 * 2
                              : kSide == 16 ? sum[round][0][i % 2] + i / 2 * 2
                                            : sum[2 * round + i / 2][0][0] + i % 2 * 2;
-    return pack<kHalfOut>(two[0], two[1]);
+    return narrow_pair<kHalfOut>(two[0], two[1]);
   }
 
   /// Write such sums by way of shared memory, where the stages were, so that a lane writes 16 bytes. A warp has 512
@@ -594,7 +554,7 @@ class UpdateTile {
         const float* const even = sum[i][m][column] + 2 * h;
         const float* const odd = sum[i][m][column + 1] + 2 * h;
         asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"((to ^ column << 4) + (i * kSide + 16 * m + h) * pitch),
-                     "r"(pack<kHalfOut>(even[0], odd[0])), "r"(pack<kHalfOut>(even[1], odd[1]))
+                     "r"(narrow_pair<kHalfOut>(even[0], odd[0])), "r"(narrow_pair<kHalfOut>(even[1], odd[1]))
                      : "memory");
       }
     }

@@ -62,9 +62,6 @@ LOWPREC_DEVICE void write_element(PlainElement kind, void* data, int64_t at, dou
   }
 }
 
-LOWPREC_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-LOWPREC_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
-
 template <class Sum>
 __global__ void __launch_bounds__(kUpdateThreads) plain_update_kernel(const __grid_constant__ PlainCall call) {
   const int64_t element = static_cast<int64_t>(blockIdx.x) * kUpdateThreads + threadIdx.x;
@@ -80,8 +77,8 @@ __global__ void __launch_bounds__(kUpdateThreads) plain_update_kernel(const __gr
     for (int64_t n = 0; n < pair.tokens; ++n) {
       const int64_t left = n * pair.x.token + row * pair.x.feature,
                     right = n * pair.dy.token + column * pair.dy.feature;
-      sum = multiply_add(read_element<Sum>(call.kind[0], pair.x.data, left, call.layout[0]),
-                         read_element<Sum>(call.kind[1], pair.dy.data, right, call.layout[1]), sum);
+      sum = fma(read_element<Sum>(call.kind[0], pair.x.data, left, call.layout[0]),
+                read_element<Sum>(call.kind[1], pair.dy.data, right, call.layout[1]), sum);
     }
   }
   if (!call.ends) {

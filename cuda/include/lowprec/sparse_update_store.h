@@ -5,22 +5,11 @@
 
 #include "lowprec/inline.h"
 #include "lowprec/sparse_update.h"
+#include "lowprec/warp_matrix.h"
 
 namespace lowprec {
 
-/// Two float32 as 16-bit values, the first one below.
-template <bool kHalf>
-LOWPREC_DEVICE uint32_t pack(float low, float high) {
-  uint32_t result;
-  if constexpr (kHalf) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  }
-  return result;
-}
-
-/// And back: the lower one of a word. The upper one of bfloat16 as the lower one of the word moved down.
+/// The lower one of two 16-bit values as float32. The upper one of bfloat16 as the lower one of the word moved down.
 template <bool kHalf>
 LOWPREC_DEVICE float unpack(uint32_t pair) {
   if constexpr (!kHalf) return __uint_as_float(pair << 16);
@@ -81,7 +70,7 @@ LOWPREC_DEVICE void write_halves(uint16_t* data, float beta, const Four (&four)[
   for (int i = 0; i < N; ++i) {
     float4 sum = four[i].sum;
     if (beta != 0) sum = added(sum, beta, unpack<kHalf>(old[i]));
-    const uint2 value = {pack<kHalf>(sum.x, sum.y), pack<kHalf>(sum.z, sum.w)};
+    const uint2 value = {narrow_pair<kHalf>(sum.x, sum.y), narrow_pair<kHalf>(sum.z, sum.w)};
     if (four[i].any) *reinterpret_cast<uint2*>(data + four[i].element) = value;
   }
 }

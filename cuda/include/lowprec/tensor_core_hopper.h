@@ -7,20 +7,15 @@
 #include <cstdint>
 
 #include "lowprec/inline.h"
+#include "lowprec/shared_memory.h"
 
 namespace lowprec {
-
-LOWPREC_DEVICE uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 /// A barrier in shared memory that counts arrivals and bytes.
 struct Barrier {
   uint64_t state;
 
-  LOWPREC_DEVICE void init(int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)), "r"(arrivals));
-  }
+  LOWPREC_DEVICE void init(int arrivals) { begin_barrier(shared_address(&state), arrivals); }
 
   /// Arrive, and announce bytes that copies will bring.
   LOWPREC_DEVICE void expect(uint32_t bytes) {
@@ -28,9 +23,7 @@ struct Barrier {
                  : "memory");
   }
 
-  LOWPREC_DEVICE void arrive() {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state)) : "memory");
-  }
+  LOWPREC_DEVICE void arrive() { lowprec::arrive(shared_address(&state)); }
 
   /// Arrive at the same barrier of a block of the cluster.
   LOWPREC_DEVICE void arrive_at(uint32_t block) {
@@ -42,14 +35,7 @@ struct Barrier {
         : "memory");
   }
 
-  LOWPREC_DEVICE void wait(uint32_t parity) {
-    asm volatile(
-        "{\n .reg .pred done;\n"
-        "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        " @!done bra again;\n}" ::"r"(shared_address(&state)),
-        "r"(parity)
-        : "memory");
-  }
+  LOWPREC_DEVICE void wait(uint32_t parity) { await_phase(shared_address(&state), parity); }
 };
 
 /// Copy a box of a tensor of three dimensions to the same place in every block of the cluster that `blocks` has a bit

@@ -78,6 +78,13 @@ inline cudaStream_t current_stream(const Tensor& x) {
 /// Raise the error of a CUDA call or of the launch before it, if there is one.
 inline void check_cuda(cudaError_t error) { STD_CUDA_CHECK(error); }
 
+/// What a tensor's device has or can do.
+inline int attribute(const Tensor& x, cudaDeviceAttr which) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, which, x.get_device_index()));
+  return value;
+}
+
 #endif
 
 }  // namespace lowprec
